@@ -1,0 +1,389 @@
+"""Official names and ours, and safe, strict reading of checkpoint files.
+
+Our modules stack what the official code keeps in four modules ``mamba_g1`` to ``mamba_g4``.
+:func:`official_name` says for each of our parameters where it stands in an official file; loading
+and writing official files both follow from it.
+"""
+import os
+import pickle
+import re
+from collections import OrderedDict, defaultdict
+from contextlib import nullcontext
+from typing import Iterable, Optional
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from torch import Tensor
+
+from .registry import HOOKS
+
+OFFICIAL_SOURCE = ('the authors link theirs at https://github.com/Amshaker/GroupMamba'
+                   '#model-weights')
+_WRAPPERS = ('state_dict', 'model_ema', 'model')
+
+# ours -> official, for what is renamed only; {i} counts stages from 0 here and from 1 there
+_RENAMES = (
+    (r'^stages\.0\.embed\.convs\.', 'patch_embed1.conv.'),
+    (r'^stages\.(\d)\.embed\.', r'patch_embed<\1>.'),
+    (r'^stages\.(\d)\.blocks\.(\d+)\.', r'block<\1>.\2.'),
+    (r'^stages\.(\d)\.norm\.', r'norm<\1>.'),
+    (r'^neck\.norm\.', 'norm4.'),
+    (r'^neck\.', 'post_network.0.'),
+    (r'^head\.fc\.', 'head.'),
+    (r'^head\.dist_fc\.', 'dist_head.'),
+    (r'\.mixer\.affinity\.', '.attn.'),
+    (r'\.mixer\.ssm\.', '.attn.mamba_g#.'),
+    (r'\.mixer\.', '.attn.'),
+    (r'\.ffn\.conv\.', '.mlp.dwconv.dwconv.'),
+    (r'\.ffn\.', '.mlp.'),
+    (r'^(block<\d>\.\d+)\.norm\.', r'\1.norm2.'),
+)
+# inside an SSM, where '#' stands for the group 1 to 4
+_SSM_RENAMES = {
+    'gate_proj.weight': 'in_proj.weight',  # the lower half of it
+    'conv.weight': 'conv2d.weight',
+    'conv.bias': 'conv2d.bias',
+    'x_proj.weight': 'x_proj_weight',
+    'dt_proj.weight': 'dt_projs_weight',
+    'dt_bias': 'dt_projs_bias',
+    'A_log': 'A_logs',
+    'D': 'Ds',
+    'norm.weight': 'out_norm.weight',
+    'norm.bias': 'out_norm.bias',
+}
+_CLASSIFICATION_ONLY = ('post_network.', 'head.', 'dist_head.')
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be read or does not fit the model; one line says why."""
+
+
+class _YacsConfig(dict):
+    """Takes the place of the yacs config that official training checkpoints carry."""
+
+
+def _history_method(owner: type, name: str):
+    """Takes the place of ``getattr``, which mmengine's history needs for its own methods only."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr of {owner}')
+    return getattr(owner, name)
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a checkpoint file without running any code from it.
+
+    Args:
+        path: A local file, plain or with ``~``.
+
+    Returns:
+        What the file holds, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: Missing, truncated, no checkpoint at all, or one that holds pickled
+            objects other than those of torch, mmengine's history and yacs' config.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f'checkpoint not found: {path}; put the file there ({OFFICIAL_SOURCE}) or name another '
+            'one (model.backbone.init_cfg.checkpoint=FILE or load_from=FILE); '
+            'model.backbone.init_cfg=None trains from scratch')
+    # the context came with torch 2.5; torch.load falls back on its own list before
+    safe_globals = getattr(torch.serialization, 'safe_globals', None)
+    context = safe_globals(_safe_globals()) if safe_globals else nullcontext()
+    try:
+        with context:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r'(?:GLOBAL|global)\s+`?([\w.]+)', str(error))
+        if refused is None:
+            raise CheckpointError(f'{path} is no torch checkpoint, or damaged: fetch it '
+                                  'again') from None
+        raise CheckpointError(
+            f'{path} holds pickled objects ({refused[1]}), which could run code when loaded; if '
+            'you trust its source, keep its tensors only: python -c "import torch; '
+            f"c = torch.load('{path}', weights_only=False); torch.save(c.get('model_ema', "
+            "c.get('model', c.get('state_dict', c))), 'tensors_only.pth')\"") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f'{path} is truncated or damaged ({reason}): fetch it '
+                              'again') from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, no checkpoint: '
+                              f'expected a state dict, plain or under {" / ".join(_WRAPPERS)}')
+    return checkpoint
+
+
+def _safe_globals() -> list:
+    core = getattr(np, '_core', None) or np.core
+    dtypes = {type(np.dtype(t)) for t in (*np.sctypeDict.values(), ) if t is not np.void}
+    return [
+        HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype,
+        *dtypes, OrderedDict, defaultdict, (_YacsConfig, 'yacs.config.CfgNode'),
+        (_history_method, '__builtin__.getattr'), (_history_method, 'builtins.getattr'),
+        (core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+        (core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+    ]
+
+
+def extract_state_dict(checkpoint: dict, path: str = 'checkpoint') -> dict[str, Tensor]:
+    """The state dict of a checkpoint: under ``state_dict``, ``model_ema``, ``model``, or plain.
+
+    A DataParallel prefix ``module.`` is taken off.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    state = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)),
+                 checkpoint)
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    if not state:
+        raise CheckpointError(f'{path} holds no state dict, neither plain nor under '
+                              f'{" / ".join(_WRAPPERS)}: is it a checkpoint of a model?')
+    if all(k.startswith('module.') for k in state):
+        state = {k[len('module.'):]: v for k, v in state.items()}
+    return state
+
+
+def is_official(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict is in the official layout."""
+    return 'patch_embed1.proj.weight' in state
+
+
+def official_name(name: str) -> str:
+    """Where a parameter or buffer of ours stands in an official file.
+
+    Args:
+        name: Our name in a backbone ('stages.0.embed.proj.weight') or in a classifier's 'neck.'
+            or 'head.'.
+
+    Returns:
+        The official name; '#' in it stands for the groups 1 to 4.
+    """
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    name = re.sub(r'<(\d)>', lambda m: str(int(m[1]) + 1), name)
+    start, mark, inner = name.partition('mamba_g#.')
+    return start + mark + _SSM_RENAMES.get(inner, inner)
+
+
+def from_official(official: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Our tensors made of official ones.
+
+    Args:
+        official: State dict in the official layout.
+        names: Our names that are wanted.
+
+    Returns:
+        Our name to tensor, for those whose official tensors are all there.
+    """
+    ours = {}
+    for name in names:
+        source = official_name(name)
+        if '#' not in source:
+            if source in official:
+                ours[name] = official[source]
+            continue
+        groups = [official.get(source.replace('#', str(g))) for g in (1, 2, 3, 4)]
+        if all(group is not None for group in groups):
+            ours[name] = _stack(name, groups)
+    return ours
+
+
+def _stack(name: str, groups: list[Tensor]) -> Tensor:
+    """Four groups' official tensors as one of ours."""
+    if '.x_proj.' in name or '.dt_proj.' in name or name.endswith('.dt_bias'):
+        groups = [group.squeeze(0) for group in groups]  # the official scan count, always 1
+    if '.in_proj.' in name:
+        groups = [group.chunk(2)[0] for group in groups]
+    elif '.gate_proj.' in name:
+        groups = [group.chunk(2)[1] for group in groups]
+    if re.search(r'\.(conv\.\w+|dt_bias|A_log|D)$', name):
+        return torch.cat(groups)
+    return torch.stack(groups)
+
+
+def _used_official_names(names: Iterable[str]) -> set[str]:
+    return {
+        source.replace('#', g)
+        for source in map(official_name, names) for g in ('1234' if '#' in source else '0')
+    }
+
+
+def arch_of(state: dict[str, Tensor]) -> Optional[str]:
+    """Name of the variant a backbone state dict is of, None where it is none of the table."""
+    from .models.groupmamba import ARCHS
+    official = is_official(state)
+    for arch, row in ARCHS.items():
+        blocks = ('block{}.{}.norm2.weight' if official else 'stages.{}.blocks.{}.norm.weight')
+        last = [blocks.format(i + official, depth - 1) for i, depth in enumerate(row['depths'])]
+        beyond = [blocks.format(i + official, depth) for i, depth in enumerate(row['depths'])]
+        if (all(name in state for name in last) and not any(name in state for name in beyond)
+                and tuple(len(state[name]) for name in last) == tuple(row['embed_dims'])):
+            return arch
+    return None
+
+
+def check_match(model_state: dict[str, Tensor], state: dict[str, Tensor], what: str,
+                unexpected: Iterable[str] = ()) -> None:
+    """Raise unless `state` has every key of `model_state` in its shape and there are no others.
+
+    Args:
+        model_state: What the model holds.
+        state: What the file holds, under our names.
+        what: Start of the error's line, such as 'tiny.pth does not fit GroupMamba'.
+        unexpected: Further keys of the file that the model lacks.
+
+    Raises:
+        CheckpointError: Names what is missing, unexpected or of another shape.
+    """
+    missing = [k for k in model_state if k not in state]
+    unexpected = [*unexpected, *(k for k in state if k not in model_state)]
+    mismatched = [
+        f'{k} (file {tuple(state[k].shape)}, model {tuple(v.shape)})'
+        for k, v in model_state.items() if k in state and state[k].shape != v.shape
+    ]
+    parts = [
+        f'{len(keys)} {kind}: {", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""}'
+        for kind, keys in (('missing', missing), ('unexpected', unexpected),
+                           ('of another shape', mismatched)) if keys
+    ]
+    if parts:
+        raise CheckpointError(f'{what}: {"; ".join(parts)}')
+
+
+def load_backbone(backbone: nn.Module, path: str, prefix: Optional[str] = None) -> None:
+    """Load a GroupMamba backbone from an official checkpoint or one of ours, strictly.
+
+    Official files are taken as published: what belongs to classification only (class block and
+    heads) is set aside, everything else must match. Of our own checkpoints (classifier, detector,
+    segmenter or backbone alone) the keys under `prefix` are taken.
+
+    Args:
+        backbone: A :class:`mmgroupmamba.models.GroupMamba`.
+        path: Local file.
+        prefix: What stands before the backbone's names in a checkpoint of ours; None finds out
+            whether it is 'backbone.' or nothing.
+
+    Raises:
+        CheckpointError: The file is unreadable, holds another model or another variant.
+    """
+    state = extract_state_dict(read_checkpoint(path), path)
+    wanted = backbone.state_dict()
+    translated, unexpected = _backbone_state(state, wanted, prefix)
+    _check_backbone(backbone, wanted, translated, unexpected, state, path)
+    backbone.load_state_dict(translated)
+    print_log(f'loaded {len(translated)} of {len(wanted)} backbone tensors from {path}',
+              logger='current')
+
+
+def _backbone_state(state: dict[str, Tensor], wanted: dict[str, Tensor],
+                    prefix: Optional[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """What `state` holds for a backbone, under its names, and what it holds beyond."""
+    if is_official(state):
+        used = _used_official_names(wanted)
+        aside = list(_CLASSIFICATION_ONLY)
+        built = 1 + max(int(name.split('.')[1]) for name in wanted)
+        aside += [f'{part}{i + 1}.' for i in range(built, 4) for part in ('patch_embed', 'block')]
+        aside += [f'norm{i + 1}.' for i in range(4) if f'stages.{i}.norm.weight' not in wanted]
+        unexpected = [k for k in state if k not in used and not k.startswith(tuple(aside))]
+        return from_official(state, wanted), unexpected
+    if prefix is None:
+        prefix = 'backbone.' if any(k.startswith('backbone.') for k in state) else ''
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    own = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    translated = {k: v for k, v in own.items() if k in wanted}
+    # a classifier keeps the last norm in its neck, a dense model in its backbone
+    for part in ('weight', 'bias'):
+        if f'stages.3.norm.{part}' in wanted and f'neck.norm.{part}' in state:
+            translated.setdefault(f'stages.3.norm.{part}', state[f'neck.norm.{part}'])
+    built = {int(name.split('.')[1]) for name in wanted}
+    aside = ['stages.3.norm.', *(f'stages.{i}.' for i in range(4) if i not in built)]
+    unexpected = [
+        prefix + k for k in own if k not in wanted and not k.startswith(tuple(aside))
+    ]
+    return translated, unexpected
+
+
+def _check_backbone(backbone: nn.Module, wanted: dict[str, Tensor], translated: dict[str, Tensor],
+                    unexpected: list[str], state: dict[str, Tensor], path: str) -> None:
+    from .models.groupmamba import ARCHS
+    mine = next((name for name, row in ARCHS.items() if row == backbone.arch), 'of a dict')
+    if not translated:
+        raise CheckpointError(f"{path} holds no GroupMamba: not one of the backbone's "
+                              f'{len(wanted)} tensors is in it (it starts with '
+                              f'{", ".join(list(state)[:3])}); {OFFICIAL_SOURCE}')
+    theirs = arch_of(state)
+    if not is_official(state) and theirs is None:
+        theirs = arch_of(translated)
+    hint = f' (the file is of arch {theirs!r})' if theirs and theirs != mine else ''
+    check_match(wanted, translated, f'{path} does not fit GroupMamba arch {mine!r}{hint}',
+                unexpected)
+
+
+@HOOKS.register_module()
+class CheckpointHook(Hook):
+    """Checks what ``load_from``, ``--resume`` and ``tools/test.py`` load, and takes official files.
+
+    mmengine loads what matches and passes over the rest with a warning at most. With this hook
+
+    - an official file is translated to the model's names before it is loaded;
+    - to test or resume, every key must match; to train from ``load_from``, every key of the
+      backbone must, and what else is new or left over is named in the log.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit; one line names the culprits.
+    """
+
+    priority = 'VERY_HIGH'  # before EMAHook copies the state dict
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Translate and check `checkpoint`, in place."""
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        wanted = model.state_dict()
+        path = str(getattr(runner, '_load_from', None) or 'checkpoint')
+        state = extract_state_dict(checkpoint, path)
+        backbone_keys = {k[len('backbone.'):]: v for k, v in wanted.items()
+                         if k.startswith('backbone.')}
+        unexpected: list[str] = []
+        if is_official(state):
+            backbone, unexpected = _backbone_state(state, backbone_keys, None)
+            translated = {f'backbone.{k}': v for k, v in backbone.items()}
+            if any(k.startswith('neck.mixer.') for k in wanted):
+                rest = [k for k in wanted if k.startswith(('neck.', 'head.'))]
+                translated.update(from_official(state, rest))
+                used = _used_official_names([*rest, *backbone_keys])
+                unexpected += [k for k in state if k not in used and k not in unexpected]
+        else:
+            translated = state
+        training = isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict))
+        if training and not runner._resume:
+            if hasattr(model, 'backbone') and hasattr(model.backbone, 'arch'):
+                found = {k[len('backbone.'):]: v for k, v in translated.items()
+                         if k.startswith('backbone.')}
+                extra = [k for k in unexpected if not k.startswith(_CLASSIFICATION_ONLY)]
+                _check_backbone(model.backbone, backbone_keys, found, extra, state, path)
+            self._log_rest(wanted, translated, path)
+        else:
+            check_match(wanted, translated, f'{path} does not fit {type(model).__name__}',
+                        unexpected)
+        checkpoint['state_dict'] = translated
+
+    @staticmethod
+    def _log_rest(wanted: dict[str, Tensor], state: dict[str, Tensor], path: str) -> None:
+        new = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
+        left = [k for k in state if k not in wanted]
+        if new:
+            print_log(f'{len(new)} tensors are not taken from {path} and start anew: '
+                      f'{", ".join(new)}', logger='current')
+        if left:
+            print_log(f'{len(left)} tensors of {path} are not used: {", ".join(left)}',
+                      logger='current')

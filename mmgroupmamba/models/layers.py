@@ -1,0 +1,256 @@
+"""The parts of GroupMamba, from small to large.
+
+Maps are (B, H, W, C) with the channels contiguous, from the stem to the last norm: linear layers
+and norms take them as they are, and convolutions see them as channels-last images.
+
+Sources: GroupMamba (CVPR 2025), section 3 and equations 2 to 9; ``classification/models`` of the
+official repository for what the paper leaves open.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor
+
+from mmgroupmamba.ops import DIRECTIONS, from_sequences, selective_scan, to_sequences
+
+GROUPS = len(DIRECTIONS)
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """Conv2d from (B, H, W, C_in) to (B, H', W', C_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def depthwise_conv(channels: int) -> ChannelsLastConv2d:
+    """3x3 depthwise convolution with bias that keeps H and W."""
+    return ChannelsLastConv2d(channels, channels, 3, padding=1, groups=channels)
+
+
+class GroupedLinear(nn.Module):
+    """One linear map for each of the four groups of channels, without bias, as a single operation.
+
+    The weight stacks the four: (4, out, in), for (..., 4 * in) -> (..., 4 * out).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(GROUPS, out_channels, in_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # a grouped 1x1 convolution over channels-last tokens: no copy in, no copy out
+        tokens = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        y = F.conv2d(tokens, self.weight.flatten(0, 1)[..., None, None], groups=GROUPS)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class GroupedLayerNorm(nn.Module):
+    """LayerNorm over the channels of each of the four groups: (..., 4, d) -> (..., 4, d)."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(GROUPS, channels))
+        self.bias = nn.Parameter(torch.zeros(GROUPS, channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias, x, self.weight)
+
+
+class GroupedSSM(nn.Module):
+    """The four visual single selective scans (VSSS, equations 2 to 4) of a layer as one.
+
+    Group g has its own quarter of the channels, its own parameters and the direction
+    ``DIRECTIONS[g]``; all are stacked, and one scan call serves the four.
+
+    Args:
+        channels: C, divisible by 4.
+        d_state: N, states a channel.
+        scan_backend: See :func:`mmgroupmamba.ops.selective_scan`.
+    """
+
+    def __init__(self, channels: int, d_state: int = 1, scan_backend: str = 'auto') -> None:
+        super().__init__()
+        self.dim = channels // GROUPS
+        self.d_state = d_state
+        self.dt_rank = math.ceil(self.dim / 16)
+        self.scan_backend = scan_backend
+
+        self.in_proj = GroupedLinear(self.dim, self.dim)
+        self.gate_proj = GroupedLinear(self.dim, self.dim)
+        self.conv = depthwise_conv(channels)
+        self.x_proj = GroupedLinear(self.dim, self.dt_rank + 2 * d_state)
+        self.dt_proj = GroupedLinear(self.dt_rank, self.dim)
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.A_log = nn.Parameter(torch.empty(channels, d_state))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.norm = GroupedLayerNorm(self.dim)
+        self.out_proj = GroupedLinear(self.dim, self.dim)
+
+    def init_weights(self, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+        """Mamba's initialisation: A = -(1..N), D = 1, softplus(dt_bias) log-uniform in
+        [dt_min, dt_max]."""
+        for projection in (self.in_proj, self.gate_proj, self.out_proj):
+            nn.init.trunc_normal_(projection.weight, std=.02)
+        bound = self.dim**-0.5  # what nn.Linear would draw from
+        nn.init.uniform_(self.x_proj.weight, -bound, bound)
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        with torch.no_grad():
+            dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            states = torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype)
+            self.A_log.copy_(states.log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        height, width = x.shape[1:3]
+        gate = F.silu(self.gate_proj(x))
+        x = F.silu(self.conv(self.in_proj(x)))
+        y = self.scan(to_sequences(x.unflatten(-1, (GROUPS, -1))))
+        y = self.norm(from_sequences(y, height, width)).flatten(-2)
+        return self.out_proj(y.to(x.dtype) * gate)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Scan sequences (B, L, 4, d) with their input-dependent step, B and C; float32."""
+        x_dbl = self.x_proj(x.flatten(2)).unflatten(-1, (GROUPS, -1))
+        dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = self.dt_proj(dt.flatten(2))
+
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        u, delta, B, C = (t.to(dtype) for t in (x.flatten(2), delta, B, C))
+        y = selective_scan(
+            u.transpose(1, 2),  # (B, C, L)
+            delta.transpose(1, 2),
+            -torch.exp(self.A_log.to(dtype)),
+            B.permute(0, 2, 3, 1),  # (B, 4, N, L)
+            C.permute(0, 2, 3, 1),
+            self.D.to(dtype),
+            self.dt_bias.to(dtype),
+            delta_softplus=True,
+            backend=self.scan_backend)
+        return y.transpose(1, 2).unflatten(-1, (GROUPS, -1))
+
+
+class ChannelAffinity(nn.Module):
+    """Channel affinity modulation (CAM, equations 5 to 7): (B, H, W, C) -> weights (B, 1, 1, C)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // reduction)
+        self.fc2 = nn.Linear(channels // reduction, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        squeezed = F.relu(self.fc1(x.mean((1, 2), keepdim=True)))
+        return torch.sigmoid(self.fc2(squeezed))
+
+
+class ModulatedGroupMamba(nn.Module):
+    """The modulated group Mamba layer (figure 2, equations 5 to 9): (B, H, W, C) in and out.
+
+    The released code norms with one LayerNorm twice, at the door and before the projection, and
+    multiplies the groups with the layer's normed input; so do we.
+    """
+
+    def __init__(self, channels: int, scan_backend: str = 'auto') -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.affinity = ChannelAffinity(channels)
+        self.ssm = GroupedSSM(channels, scan_backend=scan_backend)
+        self.skip_scale = nn.Parameter(torch.ones(1))
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        y = self.ssm(x) * x * (self.skip_scale * self.affinity(x))
+        return self.proj(self.norm(y))
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward with a depthwise convolution before its GELU: (B, H, W, C) in and out."""
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.conv = depthwise_conv(hidden_channels)
+        self.fc2 = nn.Linear(hidden_channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.conv(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Layer, then feed-forward, each with its residual: (B, H, W, C) in and out.
+
+    The layer norms its own input; ``norm`` is the feed-forward's.
+    """
+
+    def __init__(self,
+                 channels: int,
+                 mlp_ratio: float,
+                 drop_path: float = 0.,
+                 scan_backend: str = 'auto') -> None:
+        super().__init__()
+        self.mixer = ModulatedGroupMamba(channels, scan_backend)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.ffn = ConvFFN(channels, int(channels * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mixer(x))
+        return x + self.drop_path(self.ffn(self.norm(x)))
+
+
+class Stem(nn.Module):
+    """Image (B, 3, H, W) -> normed map (B, ceil(H / 4), ceil(W / 4), C)."""
+
+    def __init__(self, hidden_channels: int, channels: int) -> None:
+        super().__init__()
+        layers = []
+        for in_channels, kernel, stride in ((3, 7, 2), (hidden_channels, 3, 1),
+                                            (hidden_channels, 3, 1)):
+            layers += [
+                nn.Conv2d(
+                    in_channels, hidden_channels, kernel, stride, kernel // 2, bias=False),
+                nn.BatchNorm2d(hidden_channels),
+                nn.ReLU(inplace=True)
+            ]
+        self.convs = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(hidden_channels, channels, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Module):
+    """(B, H, W, C_in) -> normed map (B, ceil(H / 2), ceil(W / 2), C_out)."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.proj = ChannelsLastConv2d(in_channels, channels, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """The one weight initialisation, for ``nn.Module.apply``; the official code's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, GroupedSSM):
+        module.init_weights()

@@ -1,0 +1,17 @@
+"""Child registries of mmengine's, scope ``mmgroupmamba``.
+
+mmengine imports ``<scope>.registry`` by itself when it meets ``type='mmgroupmamba.X'``, and a
+registry imports its locations at the first look-up: no config needs custom_imports for them.
+"""
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+from . import check_versions
+
+check_versions()
+
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='mmgroupmamba', locations=['mmgroupmamba.models'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmgroupmamba', locations=['mmgroupmamba.checkpoint'])
