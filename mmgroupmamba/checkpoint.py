@@ -56,6 +56,10 @@ _SSM_RENAMES = {
     'norm.weight': 'out_norm.weight',
     'norm.bias': 'out_norm.bias',
 }
+# the official tensors of these start with a dimension for the number of scans, always 1
+_WITH_SCAN_COUNT = r'ssm\.(x_proj|dt_proj|dt_bias)'
+# four groups one after the other; the other tensors get a dimension for the group
+_CONCATENATED = r'ssm\.(conv|dt_bias|A_log|D\b)'
 _CLASSIFICATION_ONLY = ('post_network.', 'head.', 'dist_head.')
 
 
@@ -197,15 +201,49 @@ def from_official(official: dict[str, Tensor], names: Iterable[str]) -> dict[str
 
 def _stack(name: str, groups: list[Tensor]) -> Tensor:
     """Four groups' official tensors as one of ours."""
-    if '.x_proj.' in name or '.dt_proj.' in name or name.endswith('.dt_bias'):
-        groups = [group.squeeze(0) for group in groups]  # the official scan count, always 1
+    if re.search(_WITH_SCAN_COUNT, name):
+        groups = [group.squeeze(0) for group in groups]
     if '.in_proj.' in name:
         groups = [group.chunk(2)[0] for group in groups]
     elif '.gate_proj.' in name:
         groups = [group.chunk(2)[1] for group in groups]
-    if re.search(r'\.(conv\.\w+|dt_bias|A_log|D)$', name):
+    if re.search(_CONCATENATED, name):
         return torch.cat(groups)
     return torch.stack(groups)
+
+
+def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official tensors made of ours: the inverse of :func:`from_official`, bit for bit.
+
+    Args:
+        state: Names to tensors of a backbone, or of a classifier's neck and head beside it.
+
+    Returns:
+        Official name to tensor.
+    """
+    official = {}
+    for name, tensor in state.items():
+        target = official_name(name)
+        if '#' not in target:
+            official[target] = tensor
+        elif not name.endswith('ssm.gate_proj.weight'):
+            gate = state.get(name.replace('.in_proj.', '.gate_proj.'), tensor)
+            for g, group in enumerate(_unstack(name, tensor, gate), 1):
+                official[target.replace('#', str(g))] = group
+    return official
+
+
+def _unstack(name: str, tensor: Tensor, gate: Tensor) -> list[Tensor]:
+    """The inverse of :func:`_stack`; `gate` is the other half of an in_proj."""
+    if re.search(_CONCATENATED, name):
+        groups = list(tensor.chunk(4))
+    else:
+        groups = list(tensor)
+    if name.endswith('ssm.in_proj.weight'):
+        groups = [torch.cat(halves) for halves in zip(groups, gate)]
+    if re.search(_WITH_SCAN_COUNT, name):
+        groups = [group[None] for group in groups]
+    return [group.clone() for group in groups]
 
 
 def _used_official_names(names: Iterable[str]) -> set[str]:

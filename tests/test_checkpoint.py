@@ -17,6 +17,7 @@ from mmgroupmamba.checkpoint import (
     load_backbone,
     official_name,
     read_checkpoint,
+    to_official,
 )
 from mmgroupmamba.models import GroupMamba
 
@@ -79,6 +80,15 @@ def test_what_is_not_built_is_set_aside(golden, official_file, kwargs):
     load_backbone(model, official_file)
     assert torch.equal(model.state_dict()['stages.1.norm.weight'],
                        golden['state_dict']['norm2.weight'])
+
+
+def test_round_trip_is_bit_exact(golden):
+    ours = from_official(golden['state_dict'], GroupMamba(golden['arch']).state_dict())
+    back = to_official(ours)
+    left = {k for k in golden['state_dict'] if k not in back}
+    assert all(k.startswith(('post_network.', 'head.', 'dist_head.')) for k in left)
+    for name, tensor in back.items():
+        assert torch.equal(tensor, golden['state_dict'][name]), name
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
