@@ -5,6 +5,7 @@ registry imports its locations at the first look-up: no config needs custom_impo
 """
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 from . import check_versions
@@ -15,3 +16,8 @@ MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mmgroupmamba', locations=['mmgroupmamba.models'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='mmgroupmamba', locations=['mmgroupmamba.checkpoint'])
+OPTIM_WRAPPERS = Registry(
+    'optimizer wrapper',
+    parent=MMENGINE_OPTIM_WRAPPERS,
+    scope='mmgroupmamba',
+    locations=['mmgroupmamba.optim'])

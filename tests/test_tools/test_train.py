@@ -1,0 +1,237 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT, SCOPES, load_main, run_tool
+
+from mmgroupmamba.ops import available_backends
+
+
+@pytest.fixture
+def refused(capfd, tmp_path, monkeypatch):
+    """Function that runs train in this process, expects a refusal and returns its line."""
+    monkeypatch.chdir(tmp_path)
+    main = load_main('train')
+
+    def run(*args: object) -> str:
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as error:
+            code = error.code
+        lines = [s for s in capfd.readouterr().err.splitlines() if s.startswith('error: ')]
+        assert code == 2 and len(lines) == 1
+        assert not (tmp_path / 'work_dirs').exists()
+        return lines[0]
+
+    return run
+
+
+def train_iters(log: str) -> list[int]:
+    return [int(n) for n in re.findall(r'Iter\(train\) \[ *(\d+)/', log)]
+
+
+@pytest.mark.parametrize('scope', SCOPES)
+def test_train(scope, trained):
+    run = trained(scope)
+    assert run.checkpoint.is_file()
+    assert train_iters(run.log) == [1, 2, 3, 4]
+    assert 'eta:' in run.log and 'Iter(val)' in run.log
+    assert ('AMP on CPU' in run.log) == (scope != 'mmdet' and not torch.cuda.is_available())
+    assert re.search(r'lr: (2\.5|5\.0)000e-04', run.log)  # batches of 2 and 4 against a base of 8
+
+
+def test_kill_resume_test(configs, tmp_path):
+    """A killed training goes on where its last checkpoint stands."""
+    config, work_dir = configs['mmpretrain'], tmp_path / 'run'
+    options = ['--work-dir', work_dir, '--no-validate', '--cfg-options',
+               'default_hooks.checkpoint.interval=5']
+    process = subprocess.Popen(
+        [sys.executable, ROOT / 'tools/train.py', config, *options, 'train_cfg.max_iters=2000'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while not (work_dir / 'last_checkpoint').exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    stopped = int(re.search(r'iter_(\d+)', (work_dir / 'last_checkpoint').read_text())[1])
+
+    done = run_tool('train', config, '--resume', *options, f'train_cfg.max_iters={stopped + 5}')
+    assert done.returncode == 0, done.stderr
+    assert train_iters(done.stdout) == list(range(stopped + 1, stopped + 6))
+    checkpoint = work_dir / f'iter_{stopped + 5}.pth'
+    assert run_tool('test', config, checkpoint, '--work-dir', work_dir).returncode == 0
+
+    done = run_tool('train', config, '--resume', checkpoint, '--work-dir', tmp_path / 'other',
+                    '--cfg-options', f'train_cfg.max_iters={stopped + 7}')
+    assert train_iters(done.stdout) == [stopped + 6, stopped + 7]
+
+
+def test_two_processes(configs, tmp_path):
+    """Two CPU processes train and test through the shell scripts, over gloo."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': '29617',
+           'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+
+    options = ['--work-dir', tmp_path, '--cfg-options', 'model.decode_head.norm_cfg.type=SyncBN']
+
+    def launch(*args: object) -> str:
+        done = subprocess.run(['bash', *map(str, args), *options], env=env, text=True, timeout=300,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    log = launch(ROOT / 'tools/dist_train.sh', configs['mmseg'], 2)
+    assert ('gloo' in log) != torch.cuda.is_available()
+    checkpoint = tmp_path / 'iter_4.pth'
+    double = launch(ROOT / 'tools/dist_test.sh', configs['mmseg'], checkpoint, 2)
+    single = run_tool('test', configs['mmseg'], checkpoint, *options).stdout
+    metric = r'Iter\(test\).*mIoU: (\S+)'
+    assert re.search(metric, double)[1] == re.search(metric, single)[1]
+
+
+def test_refusal_is_one_line_on_stderr(tmp_path):
+    done = run_tool('train', 'configs/nothing.py', cwd=tmp_path)
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('error: config file configs/nothing.py')
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_config(refused, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text('model = dict(\n')
+    assert 'config.py cannot be read: SyntaxError' in refused(config)
+    config.write_text("_base_ = './nothing.py'\n")
+    assert 'nothing.py' in refused(config)
+    config.write_text("custom_imports = dict(imports=['nowhere'], allow_failed_imports=False)\n")
+    assert 'nowhere' in refused(config)
+    config.write_text('model = dict()\n')
+    assert 'default_scope None' in refused(config)
+    config.write_text("default_scope = 'mmpose'\n")
+    assert "'mmpose': set default_scope to one of mmpretrain, mmdet, mmseg" in refused(config)
+    config.write_text("default_scope = 'mmdet'\n")
+    assert 'has no optim_wrapper' in refused(config)
+
+
+def test_mixed_family(tmp_path, configs):
+    """A second mmcv beside onedl-mmcv is refused before anything is imported."""
+    (tmp_path / 'mmcv-2.1.0.dist-info').mkdir()
+    (tmp_path / 'mmcv-2.1.0.dist-info/METADATA').write_text('Name: mmcv\nVersion: 2.1.0\n')
+    done = run_tool('train', configs['mmdet'], cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith('error: mixed OpenMMLab families')
+
+
+def test_missing_library(refused, configs, monkeypatch):
+    monkeypatch.setattr('mmgroupmamba.launch.check_family', lambda scope: [f'{scope} not there'])
+    assert 'mmdet not there' in refused(configs['mmdet'])
+
+
+@pytest.mark.parametrize('option, words', [
+    ('model.backbone', 'no key=value pair'),
+    ('model..backbone=1', 'no key=value pair'),
+    ('model.test=[1,(2]', 'Imbalanced'),
+    ('modl.backbone.arch=tiny', 'did you mean model?'),
+    ('backbone.arch=tiny', 'backbone is a variable inside the config file'),
+    ('train_dataloader.dataset.pipeline.9.type=X', 'Index 9'),
+    ('randomness.seed.deep=1', 'do not fit'),
+    ('model.backbone.arch=huge', "unknown arch 'huge'"),
+    ('model.backbone.arch.embed_dim=16', 'embed_dim'),
+    ('model.backbone.arch.embed_dims=[18,16,16,16]', 'divisible by 4'),
+    pytest.param('model.backbone.scan_backend=mamba_ssm', "scan backend 'mamba_ssm' cannot run",
+                 marks=pytest.mark.skipif(not available_backends()['mamba_ssm'], reason='it runs')),
+    ('model.backbone.scan_backend=nothing', "unknown scan backend 'nothing'"),
+    ('model.backbone.archh=tiny', "unexpected keyword argument 'archh'"),
+    ('model.backbone.type=Nothing', 'Nothing is not in the'),
+    ('train_dataloader.dataset.typo=1', "unexpected keyword argument 'typo'"),
+    ('train_cfg.max_iter=4', "unexpected keyword argument 'max_iter'"),
+    ('optim_wrapper.type=Other', 'optim_wrapper.type=Other'),
+])
+def test_bad_options(option, words, refused, configs):
+    assert words in refused(configs['mmpretrain'], '--amp', '--cfg-options', option)
+
+
+def test_bad_arguments(refused, configs):
+    assert '--nothing' in refused(configs['mmdet'], '--nothing')
+    if not torch.cuda.is_available():
+        assert 'no bfloat16 on CPU' in refused(configs['mmdet'], '--amp')
+        assert 'use torchrun' in refused(configs['mmdet'], '--launcher', 'slurm')
+
+
+@pytest.mark.parametrize('scope, option, path', [
+    ('mmpretrain', 'train_dataloader.dataset.data_root', 'nowhere'),
+    ('mmpretrain', 'val_dataloader.dataset.data_prefix', 'nowhere'),
+    ('mmdet', 'train_dataloader.dataset.ann_file', 'nowhere.json'),
+    ('mmdet', 'val_evaluator.ann_file', 'nowhere.json'),
+    ('mmseg', 'val_dataloader.dataset.data_prefix.seg_map_path', 'nowhere'),
+])
+def test_missing_data(scope, option, path, refused, configs):
+    line = refused(configs[scope], '--cfg-options', f'{option}={path}')
+    assert path in line and f'{option}' in line
+
+
+def test_missing_data_in_wrappers(refused, configs, tmp_path):
+    config = tmp_path / 'wrapped.py'
+    config.write_text(f"""
+_base_ = r'{configs['mmseg']}'
+one = _base_.train_dataloader.dataset
+other = dict(one, data_root='nowhere')
+train_dataloader = dict(dataset=dict(
+    _delete_=True, type='RepeatDataset', times=2,
+    dataset=dict(type='ConcatDataset', datasets=[one, other])))
+""")
+    assert 'train_dataloader.dataset.dataset.datasets.1.data_root=PATH' in refused(config)
+    line = refused(config, '--no-validate', '--cfg-options',
+                   'val_dataloader.dataset.data_root=unread')
+    assert 'unread' not in line
+
+
+def test_unfit_checkpoint(refused, configs, trained, tmp_path):
+    config, other = configs['mmpretrain'], trained('mmseg').checkpoint
+    assert 'not found' in refused(config, '--resume', 'nothing.pth')
+    cut = tmp_path / 'cut.pth'
+    cut.write_bytes(other.read_bytes()[:5000])
+    assert 'cut.pth' in refused(config, '--resume', cut)
+    line = refused(config, '--resume', other)
+    assert 'does not fit' in line and 'decode_head' in line
+    assert 'nothing.pth' in refused(config, '--cfg-options', 'load_from=nothing.pth')
+
+
+def test_resume_from_a_damaged_latest(refused, configs, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/iter_4.pth').write_bytes(b'half')
+    (tmp_path / 'run/last_checkpoint').write_text(str(tmp_path / 'run/iter_4.pth'))
+    line = refused(configs['mmpretrain'], '--resume', '--work-dir', tmp_path / 'run')
+    assert 'iter_4.pth' in line and '--resume CKPT' in line
+
+
+def test_images_below_32_pixels(refused, configs, tmp_path):
+    for name in ('red', 'green'):
+        (tmp_path / 'small' / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / 'small' / name / '0.png'), np.zeros((16, 16, 3), np.uint8))
+    line = refused(configs['mmpretrain'], '--cfg-options',
+                   f'train_dataloader.dataset.data_root={tmp_path}',
+                   'train_dataloader.dataset.data_prefix=small', 'train_dataloader.batch_size=2')
+    assert 'at least 32x32' in line and '16x16' in line
+
+
+def test_unexpected_errors_keep_their_traceback(configs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = load_main('train')
+
+    def broken(*args):
+        raise ZeroDivisionError('a bug')
+
+    monkeypatch.setattr('mmgroupmamba.launch.Runner.from_cfg', broken)
+    with pytest.raises(ZeroDivisionError):
+        main([str(configs['mmpretrain'])])
