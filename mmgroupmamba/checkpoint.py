@@ -365,6 +365,16 @@ def _check_backbone(backbone: nn.Module, wanted: dict[str, Tensor], translated: 
                 unexpected)
 
 
+def _head_hint(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """What to do where one of model and file has the distillation head and the other has not."""
+    distilled = 'head.dist_fc.weight' in state or 'dist_head.weight' in state
+    if distilled and 'head.fc.weight' in wanted and 'head.dist_fc.weight' not in wanted:
+        return " (the file has two heads: set model.head.type='mmgroupmamba.DistilledLinearHead')"
+    if not distilled and 'head.dist_fc.weight' in wanted and 'head.fc.weight' in state:
+        return " (the file has one head: set model.head.type='LinearClsHead')"
+    return ''
+
+
 @HOOKS.register_module()
 class CheckpointHook(Hook):
     """Checks what ``load_from``, ``--resume`` and ``tools/test.py`` load, and takes official files.
@@ -411,7 +421,8 @@ class CheckpointHook(Hook):
                 _check_backbone(model.backbone, backbone_keys, found, extra, state, path)
             self._log_rest(wanted, translated, path)
         else:
-            check_match(wanted, translated, f'{path} does not fit {type(model).__name__}',
+            check_match(wanted, translated,
+                        f'{path} does not fit {type(model).__name__}{_head_hint(wanted, state)}',
                         unexpected)
         checkpoint['state_dict'] = translated
 

@@ -2,9 +2,16 @@ import pickle
 import re
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from tiny import SCOPES, load_main, run_tool
+
+from mmgroupmamba.checkpoint import from_official
+from mmgroupmamba.registry import MODELS
 
 
 def metrics(log: str, name: str) -> float:
@@ -87,3 +94,41 @@ def test_bad_inputs(trained, tmp_path, monkeypatch, capfd):
     line = refused(other.config, other.checkpoint, '--cfg-options',
                    'model.backbone.arch.embed_dims=[32,16,16,16]')
     assert 'does not fit' in line and 'another shape' in line
+
+
+OFFICIAL = """
+_base_ = '{base}'
+custom_imports = dict(imports=['mmgroupmamba.models.classification'], allow_failed_imports=False)
+arch = dict(stem_hidden_dim=8, embed_dims=[16, 32, 32, 48], depths=[1] * 4, mlp_ratios=[2] * 4)
+model = dict(
+    backbone=dict(arch=arch, final_norm=False),
+    neck=dict(_delete_=True, type='mmgroupmamba.ClassBlockNeck', embed_dim=48, mlp_ratio=2),
+    head=dict(type='mmgroupmamba.DistilledLinearHead', num_classes=10, in_channels=48))
+"""
+
+
+def test_official_file_as_it_is(configs, golden, official_file, tmp_path):
+    """Straight from the authors' layout to predictions: those of the modules tested elsewhere."""
+    config = tmp_path / 'official.py'
+    config.write_text(OFFICIAL.format(base=configs['mmpretrain']))
+    done = run_tool('test', config, official_file, '--out', 'pred.pkl', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    predictions = pickle.loads((tmp_path / 'pred.pkl').read_bytes())
+    assert len(predictions) == 8 and predictions[0]['pred_score'].shape == (10, )
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(Config.fromfile(config).model).eval()
+    official = golden['state_dict']
+    model.backbone.load_state_dict(from_official(official, model.backbone.state_dict()))
+    rest = [k for k in model.state_dict() if k.startswith(('neck.', 'head.'))]
+    model.load_state_dict(from_official(official, rest), strict=False)
+    for prediction in predictions:
+        image = cv2.imread(prediction['img_path'])[..., ::-1].astype(np.float32)
+        with torch.no_grad():
+            score = model(torch.from_numpy((image - 127) / 64).permute(2, 0, 1)[None]).softmax(1)
+        torch.testing.assert_close(prediction['pred_score'], score[0])
+
+    single = run_tool('test', config, official_file, '--cfg-options',
+                      'model.head.type=LinearClsHead', cwd=tmp_path)
+    assert single.returncode == 2
+    assert 'unexpected: dist_head.weight' in single.stderr.splitlines()[-1]
+    assert 'mmgroupmamba.DistilledLinearHead' in single.stderr.splitlines()[-1]
