@@ -181,7 +181,7 @@ class GroupMamba(BaseModule):
 
         Returns:
             A map (B, C_i, ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))) for each i of out_indices,
-            normed, channels-last in memory.
+            normed and contiguous: mmcv's RoIAlign reads channels-last memory as if it were not.
 
         Raises:
             ValueError: An image is smaller than 32 pixels.
@@ -193,7 +193,7 @@ class GroupMamba(BaseModule):
         for i, stage in enumerate(self.stages):
             x = stage(x, self.with_cp and self.training)
             if i in self.out_indices:
-                outs.append(x.permute(0, 3, 1, 2))
+                outs.append(x.permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
 
     def _freeze(self) -> None:

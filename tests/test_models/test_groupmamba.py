@@ -73,7 +73,8 @@ def test_any_size(height, width):
     for i, (feature, dim) in enumerate(zip(features, MICRO['embed_dims'])):
         stride = 2**(i + 2)
         assert feature.shape == (1, dim, -(-height // stride), -(-width // stride))
-        assert feature.is_contiguous(memory_format=torch.channels_last)
+        # mmcv's RoIAlign reads any memory as if it were contiguous
+        assert feature.is_contiguous()
 
 
 @pytest.mark.parametrize('height, width', [(31, 64), (64, 31), (1, 1)])
