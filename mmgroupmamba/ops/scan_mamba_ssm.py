@@ -29,8 +29,8 @@ def why_not(device_type: str) -> Optional[str]:
     error = _import_error()
     if error is not None:
         return (f'{error}; install it with '
-                "`pip install mamba-ssm --no-deps --no-build-isolation` (needs nvcc of torch's CUDA "
-                'version), or `make gpu`')
+                '`pip install mamba-ssm --no-deps --no-build-isolation`, which needs nvcc of '
+                "torch's CUDA version, or with `make gpu`")
     return None
 
 
