@@ -59,11 +59,11 @@ class Tile:
 
 def draw_classification(tile: Tile, sample: dict, classes: tuple, truth: bool, right: int) -> None:
     if truth:
-        tile.text(classes[right], 14, 44, (60, 60, 70), 17)
+        tile.text(classes[right], 14, 50, (60, 60, 70), 22)
         return
     label = int(sample['pred_label'])
     score = float(sample['pred_score'][label])
-    tile.text(f'{classes[label]} {score:.0%}', 14, 44, RIGHT if label == right else WRONG, 17)
+    tile.text(f'{classes[label]} {score:.0%}', 14, 50, RIGHT if label == right else WRONG, 22)
 
 
 def draw_detection(tile: Tile, instances: dict, classes: tuple) -> None:
@@ -89,7 +89,10 @@ def tiles_of(scope: str, item: dict, prediction: dict, classes: tuple) -> list[n
     """Input, truth and prediction of one image as RGB tiles (SIDE, SIDE, 3)."""
     image = np.ascontiguousarray(item['inputs'].flip(0).permute(1, 2, 0).numpy())
     sample = item['data_samples']
-    tiles = [Tile(image, sample.ori_shape[0]) for _ in range(3)]
+    under = image
+    if scope != 'mmpretrain':  # the class colours show true over grey
+        under = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    tiles = [Tile(picture, sample.ori_shape[0]) for picture in (image, under, under)]
     if scope == 'mmpretrain':
         right = int(sample.gt_label)
         draw_classification(tiles[1], prediction, classes, True, right)
