@@ -7,6 +7,7 @@ and writing official files both follow from it.
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import nullcontext
 from typing import Iterable, Optional
@@ -20,7 +21,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor
 
-from .registry import HOOKS
+from .registry import HOOKS, MODELS
 
 OFFICIAL_SOURCE = ('the authors link theirs at https://github.com/Amshaker/GroupMamba'
                    '#model-weights')
@@ -67,8 +68,14 @@ class CheckpointError(ValueError):
     """A checkpoint file that cannot be read or does not fit the model; one line says why."""
 
 
-class _YacsConfig(dict):
-    """Takes the place of the yacs config that official training checkpoints carry."""
+class _YacsConfig:
+    """Takes the place of the yacs config that official training checkpoints carry.
+
+    It becomes an OrderedDict, which torch's weights-only reader knows how to fill.
+    """
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()
 
 
 def _history_method(owner: type, name: str):
@@ -105,11 +112,12 @@ def read_checkpoint(path: str) -> dict:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r'(?:GLOBAL|global)\s+`?([\w.]+)', str(error))
-        if refused is None:
+        if refused is None and not zipfile.is_zipfile(path):
             raise CheckpointError(f'{path} is no torch checkpoint, or damaged: fetch it '
                                   'again') from None
+        culprit = f' ({refused[1]})' if refused else ''
         raise CheckpointError(
-            f'{path} holds pickled objects ({refused[1]}), which could run code when loaded; if '
+            f'{path} holds pickled objects{culprit}, which could run code when loaded; if '
             'you trust its source, keep its tensors only: python -c "import torch; '
             f"c = torch.load('{path}', weights_only=False); torch.save(c.get('model_ema', "
             "c.get('model', c.get('state_dict', c))), 'tensors_only.pth')\"") from None
@@ -143,8 +151,8 @@ def extract_state_dict(checkpoint: dict, path: str = 'checkpoint') -> dict[str, 
     Raises:
         CheckpointError: There is none.
     """
-    state = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)),
-                 checkpoint)
+    state = next((checkpoint[key] for key in _WRAPPERS
+                  if isinstance(checkpoint.get(key), dict) and checkpoint[key]), checkpoint)
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not state:
         raise CheckpointError(f'{path} holds no state dict, neither plain nor under '
@@ -399,10 +407,11 @@ class CheckpointHook(Hook):
         wanted = model.state_dict()
         path = str(getattr(runner, '_load_from', None) or 'checkpoint')
         state = extract_state_dict(checkpoint, path)
+        own_backbone = isinstance(getattr(model, 'backbone', None), MODELS.get('GroupMamba'))
         backbone_keys = {k[len('backbone.'):]: v for k, v in wanted.items()
-                         if k.startswith('backbone.')}
+                         if own_backbone and k.startswith('backbone.')}
         unexpected: list[str] = []
-        if is_official(state):
+        if is_official(state) and own_backbone:
             backbone, unexpected = _backbone_state(state, backbone_keys, None)
             translated = {f'backbone.{k}': v for k, v in backbone.items()}
             if any(k.startswith('neck.mixer.') for k in wanted):
@@ -410,11 +419,15 @@ class CheckpointHook(Hook):
                 translated.update(from_official(state, rest))
                 used = _used_official_names([*rest, *backbone_keys])
                 unexpected += [k for k in state if k not in used and k not in unexpected]
+        elif own_backbone:
+            # a dense model takes its last norm from a classifier's neck
+            backbone, _ = _backbone_state(state, backbone_keys, None)
+            translated = {**state, **{f'backbone.{k}': v for k, v in backbone.items()}}
         else:
             translated = state
         training = isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict))
         if training and not runner._resume:
-            if hasattr(model, 'backbone') and hasattr(model.backbone, 'arch'):
+            if own_backbone:
                 found = {k[len('backbone.'):]: v for k, v in translated.items()
                          if k.startswith('backbone.')}
                 extra = [k for k in unexpected if not k.startswith(_CLASSIFICATION_ONLY)]

@@ -1,5 +1,6 @@
 import os
 import re
+import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -192,6 +193,25 @@ def test_mmengine_history_is_no_obstacle(golden, save):
     assert read['message_hub']['log_scalars']['loss'].current() == 2
 
 
+class CfgNode(dict):
+    """As yacs has it, for a file from the official training script."""
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.__dict__['__immutable__'] = True
+
+
+def test_yacs_config_is_read_as_data(golden, save, monkeypatch):
+    module = SimpleNamespace(CfgNode=CfgNode)
+    monkeypatch.setitem(sys.modules, 'yacs', SimpleNamespace(config=module))
+    monkeypatch.setitem(sys.modules, 'yacs.config', module)
+    monkeypatch.setattr(CfgNode, '__module__', 'yacs.config')
+    path = save({'model': golden['state_dict'], 'config': CfgNode({'A': CfgNode({'B': 1})})})
+    monkeypatch.undo()
+    assert read_checkpoint(path)['config'] == {'A': {'B': 1}}
+    load_backbone(GroupMamba(golden['arch']), path)
+
+
 class Evil:
     """Asks for an attribute of something that is not mmengine's history."""
 
@@ -233,6 +253,25 @@ def test_hook_wants_every_key_to_test_and_to_resume(golden, training, resume):
     CheckpointHook().after_load_checkpoint(runner, {'state_dict': model.state_dict()})
     with pytest.raises(CheckpointError, match='does not fit Dense: 2 missing: decode_head.weight'):
         CheckpointHook().after_load_checkpoint(runner, {'model': golden['state_dict']})
+
+
+def test_hook_takes_our_classifier_into_a_dense_model(golden):
+    classifier = GroupMamba(golden['arch'], out_indices=(3, ), final_norm=False)
+    state = {f'backbone.{k}': v for k, v in classifier.state_dict().items()}
+    state['neck.norm.weight'] = torch.full((48, ), 2.)
+    state['neck.norm.bias'] = torch.zeros(48)
+    checkpoint = {'state_dict': state}
+    model = Dense(golden['arch'])
+    CheckpointHook().after_load_checkpoint(make_runner(model), checkpoint)
+    assert (checkpoint['state_dict']['backbone.stages.3.norm.weight'] == 2).all()
+
+
+def test_hook_leaves_other_backbones_alone():
+    model = torch.nn.Module()
+    model.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))
+    checkpoint = {'state_dict': model.state_dict()}
+    CheckpointHook().after_load_checkpoint(make_runner(model), checkpoint)
+    assert set(checkpoint['state_dict']) == {'backbone.0.weight', 'backbone.0.bias'}
 
 
 def test_hook_refuses_another_variant(golden):
