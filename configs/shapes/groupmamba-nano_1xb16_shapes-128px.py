@@ -64,11 +64,11 @@ param_scheduler = [
         type='CosineAnnealingLR',
         eta_min=1e-5,
         begin=2,
-        end=28,
-        T_max=26,
+        end=24,
+        T_max=22,
         convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=28, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=24, val_interval=4)
 val_cfg = dict()
 test_cfg = dict()
 

@@ -80,8 +80,8 @@ def test_shapes_cover_one_another():
 
 @pytest.mark.parametrize('config, folder, number', [
     ('groupmamba-nano_1xb16_shapes-128px.py', 'classification', 8),
-    ('mask-rcnn_groupmamba-nano_fpn_1xb8-10e_shapes.py', 'detection', 8),
-    ('groupmamba-nano_upernet_1xb8-1500_shapes-128x128.py', 'segmentation', 8),
+    ('mask-rcnn_groupmamba-nano_fpn_1xb8-8e_shapes.py', 'detection', 8),
+    ('groupmamba-nano_upernet_1xb8-1200_shapes-128x128.py', 'segmentation', 8),
 ])
 def test_the_libraries_read_it(shapes, config, folder, number):
     cfg = Config.fromfile(ROOT / 'configs/shapes' / config)

@@ -92,11 +92,11 @@ param_scheduler = [
         type='CosineAnnealingLR',
         eta_min=1e-5,
         begin=1,
-        end=10,
-        T_max=9,
+        end=8,
+        T_max=7,
         convert_to_iter_based=True),
 ]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10, val_interval=5)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
