@@ -55,20 +55,20 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.),
-    clip_grad=dict(max_norm=5.0))
+    clip_grad=dict(max_norm=1.0))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, begin=0, end=2, convert_to_iter_based=True),
+    dict(type='LinearLR', start_factor=0.01, begin=0, end=4, convert_to_iter_based=True),
     dict(
         type='CosineAnnealingLR',
         eta_min=1e-5,
-        begin=2,
-        end=24,
-        T_max=22,
+        begin=4,
+        end=28,
+        T_max=24,
         convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=24, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=28, val_interval=4)
 val_cfg = dict()
 test_cfg = dict()
 
