@@ -1,8 +1,9 @@
 """From nothing to three trained models: draw the shapes, train, test, draw the predictions.
 
 Trains the nano classifier, Mask R-CNN and UperNet of ``configs/shapes`` from scratch through
-``tools/train.py``, two at a time where there are two cores, evaluates them on held-out images through ``tools/test.py``, and writes to the
-work dir ``classification.png``, ``detection.png``, ``segmentation.png`` and ``summary.json``.
+``tools/train.py``, two at a time where there are two cores, evaluates them on held-out images
+through ``tools/test.py``, and writes to the work dir ``classification.png``, ``detection.png``,
+``segmentation.png`` and ``summary.json``.
 """
 import argparse
 import json

@@ -411,6 +411,11 @@ class CheckpointHook(Hook):
         backbone_keys = {k[len('backbone.'):]: v for k, v in wanted.items()
                          if own_backbone and k.startswith('backbone.')}
         unexpected: list[str] = []
+        training = isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict))
+        starting = training and not runner._resume
+        if not training:
+            # the state dict is the average already; EMAHook would swap in what TTA cannot load
+            checkpoint.pop('ema_state_dict', None)
         if is_official(state) and own_backbone:
             backbone, unexpected = _backbone_state(state, backbone_keys, None)
             translated = {f'backbone.{k}': v for k, v in backbone.items()}
@@ -422,11 +427,12 @@ class CheckpointHook(Hook):
         elif own_backbone:
             # a dense model takes its last norm from a classifier's neck
             backbone, _ = _backbone_state(state, backbone_keys, None)
-            translated = {**state, **{f'backbone.{k}': v for k, v in backbone.items()}}
+            rest = {k: v for k, v in state.items()
+                    if not (starting and k.startswith('backbone.'))}
+            translated = {**rest, **{f'backbone.{k}': v for k, v in backbone.items()}}
         else:
             translated = state
-        training = isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict))
-        if training and not runner._resume:
+        if starting:
             if own_backbone:
                 found = {k[len('backbone.'):]: v for k, v in translated.items()
                          if k.startswith('backbone.')}

@@ -7,6 +7,7 @@ still told in one line, and :func:`tidy_work_dir` takes back the work_dir it lef
 import argparse
 import difflib
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -96,6 +97,7 @@ def explain(error: BaseException) -> Optional[str]:
 
 def run_tool(tool: Callable[[Optional[list[str]]], Any], argv: Optional[list[str]] = None) -> int:
     """Run a tool's body; tell a user's error in one line on stderr and return 2 for it."""
+    code = 0
     try:
         tool(argv)
     except Exception as error:
@@ -103,11 +105,16 @@ def run_tool(tool: Callable[[Optional[list[str]]], Any], argv: Optional[list[str
         if line is None or os.environ.get(TRACEBACK):
             raise
         print(f'error: {line}', file=sys.stderr)
-        return 2
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        code = 2
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        if get_device() == 'cpu':
+            # gloo's threads abort some interpreters at exit, when all is written
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 @contextmanager
@@ -203,6 +210,9 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(
         Path('work_dirs') / Path(args.config).stem)
+    # whatever runtime the config has: nothing may load without a check
+    cfg.setdefault('default_hooks', {})
+    cfg.default_hooks.setdefault('checkpoint_guard', dict(type='mmgroupmamba.CheckpointHook'))
     cfg.setdefault('visualizer', dict(type=TASKS[scope].visualizer, name='visualizer',
                                       vis_backends=[dict(type='LocalVisBackend')]))
     if get_device() == 'cpu' and args.launcher != 'none':
@@ -285,7 +295,9 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> None:
         checkpoint = find_latest_checkpoint(cfg.work_dir)
         if checkpoint is None:
             print_log(f'no checkpoint in {cfg.work_dir} to resume from: training starts anew')
-    if checkpoint is not None and '://' not in checkpoint:
+    if checkpoint is not None and '://' in checkpoint:
+        raise LaunchError(f'checkpoint {checkpoint} is an address: download it and give the file')
+    if checkpoint is not None:
         try:
             read_checkpoint(checkpoint)
         except CheckpointError as error:
