@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.visualization import Visualizer
 from tiny import ROOT, SCOPES, load_main, run_tool
 
 from mmgroupmamba.ops import available_backends
@@ -22,6 +23,8 @@ def refused(capfd, tmp_path, monkeypatch):
     main = load_main('train')
 
     def run(*args: object) -> str:
+        # mmengine names its visualizer by the second, and would take the last run's again
+        Visualizer._instance_dict.clear()
         try:
             code = main([str(arg) for arg in args])
         except SystemExit as error:
