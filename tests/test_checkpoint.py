@@ -274,6 +274,15 @@ def test_hook_leaves_other_backbones_alone():
     assert set(checkpoint['state_dict']) == {'backbone.0.weight', 'backbone.0.bias'}
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_hook_keeps_the_average_for_training_only(golden, training):
+    """To test, the state dict is the average already; EMAHook's swap would load nothing in TTA."""
+    model = Dense(golden['arch'])
+    checkpoint = {'state_dict': model.state_dict(), 'ema_state_dict': {'steps': torch.zeros(1)}}
+    CheckpointHook().after_load_checkpoint(make_runner(model, training), checkpoint)
+    assert ('ema_state_dict' in checkpoint) == training
+
+
 def test_hook_refuses_another_variant(golden):
     model = Dense({**golden['arch'], 'depths': (1, 1, 2, 1)})
     with pytest.raises(CheckpointError, match='missing: stages.2.blocks.1'):
