@@ -15,10 +15,11 @@ def check_versions() -> None:
     ImportError names what is missing.
 
     Raises:
-        ImportError: One line that names the library, its range and the command that mends it.
+        RuntimeError: One line that names the library, its range and the command that mends it.
+            No ImportError: mmengine passes over those when it looks for a scope.
     """
     from .doctor import installed_versions, out_of_range
 
     problems = out_of_range(installed_versions(), libraries=('mmengine', 'mmcv'))
     if problems:
-        raise ImportError('; '.join(problems))
+        raise RuntimeError('; '.join(problems))

@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import nullcontext
+from itertools import count
 from typing import Iterable, Optional
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from .registry import HOOKS, MODELS
@@ -98,6 +100,8 @@ def read_checkpoint(path: str) -> dict:
         CheckpointError: Missing, truncated, no checkpoint at all, or one that holds pickled
             objects other than those of torch, mmengine's history and yacs' config.
     """
+    if '://' in path:
+        raise CheckpointError(f'checkpoint {path} is an address: download it and give the file')
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise CheckpointError(
@@ -129,6 +133,16 @@ def read_checkpoint(path: str) -> dict:
         raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, no checkpoint: '
                               f'expected a state dict, plain or under {" / ".join(_WRAPPERS)}')
     return checkpoint
+
+
+def use_safe_reader() -> None:
+    """Make mmengine read local files by :func:`read_checkpoint`, for this process.
+
+    Its own reader unpickles what the weights-only one refuses. ``load_from``, resuming and every
+    ``init_cfg`` go through it.
+    """
+    CheckpointLoader.register_scheme(
+        '', lambda filename, map_location: read_checkpoint(filename), force=True)
 
 
 def _safe_globals() -> list:
@@ -261,18 +275,43 @@ def _used_official_names(names: Iterable[str]) -> set[str]:
     }
 
 
+def infer_arch(state: dict[str, Tensor]) -> Optional[dict]:
+    """The dict arch that the shapes of a backbone's state dict tell, in either layout.
+
+    Args:
+        state: Names to tensors, ours without a prefix.
+
+    Returns:
+        A dict with the keys of the arch table, None where a part of the backbone is missing.
+    """
+    from .models.groupmamba import ARCHS
+    name = official_name if is_official(state) else str
+
+    def rows(of: str) -> int:
+        return len(state[name(of)])
+
+    try:
+        depths = [
+            next(j for j in count() if name(f'stages.{i}.blocks.{j}.norm.weight') not in state)
+            for i in range(4)
+        ]
+        dims = [rows(f'stages.{i}.blocks.0.norm.weight') for i in range(4)]
+        hidden = [rows(f'stages.{i}.blocks.0.ffn.fc1.weight') for i in range(4)]
+        arch = dict(
+            stem_hidden_dim=rows('stages.0.embed.convs.0.weight'),
+            embed_dims=tuple(dims),
+            depths=tuple(depths),
+            mlp_ratios=tuple(h // d if h % d == 0 else h / d for h, d in zip(hidden, dims)))
+    except KeyError:
+        return None
+    return next((dict(row) for row in ARCHS.values() if row == arch), arch)
+
+
 def arch_of(state: dict[str, Tensor]) -> Optional[str]:
     """Name of the variant a backbone state dict is of, None where it is none of the table."""
     from .models.groupmamba import ARCHS
-    official = is_official(state)
-    for arch, row in ARCHS.items():
-        blocks = ('block{}.{}.norm2.weight' if official else 'stages.{}.blocks.{}.norm.weight')
-        last = [blocks.format(i + official, depth - 1) for i, depth in enumerate(row['depths'])]
-        beyond = [blocks.format(i + official, depth) for i, depth in enumerate(row['depths'])]
-        if (all(name in state for name in last) and not any(name in state for name in beyond)
-                and tuple(len(state[name]) for name in last) == tuple(row['embed_dims'])):
-            return arch
-    return None
+    arch = infer_arch(state)
+    return next((name for name, row in ARCHS.items() if row == arch), None)
 
 
 def check_match(model_state: dict[str, Tensor], state: dict[str, Tensor], what: str,
@@ -373,6 +412,73 @@ def _check_backbone(backbone: nn.Module, wanted: dict[str, Tensor], translated: 
                 unexpected)
 
 
+def load_model(model: nn.Module, path: str) -> dict:
+    """Load a whole model from an official checkpoint or one of ours; every key must match.
+
+    Args:
+        model: A classifier, detector or segmenter, of our backbone or another.
+        path: Local file.
+
+    Returns:
+        The checkpoint, for what it holds beside the weights (``meta``).
+
+    Raises:
+        CheckpointError: The file is unreadable or does not fit the model.
+    """
+    checkpoint = read_checkpoint(path)
+    model.load_state_dict(fit_model(model, extract_state_dict(checkpoint, path), path))
+    return checkpoint
+
+
+def fit_model(model: nn.Module, state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """A file's state dict under the names of a whole model.
+
+    Args:
+        model: As in :func:`load_model`.
+        state: What :func:`extract_state_dict` found.
+        path: The file's name, for the error.
+
+    Raises:
+        CheckpointError: A key is missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    translated, unexpected = _model_state(model, state)
+    check_match(wanted, translated,
+                f'{path} does not fit {type(model).__name__}{_head_hint(wanted, state)}',
+                unexpected)
+    return translated
+
+
+def _has_own_backbone(model: nn.Module) -> bool:
+    return isinstance(getattr(model, 'backbone', None), MODELS.get('GroupMamba'))
+
+
+def _below_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k[len('backbone.'):]: v for k, v in state.items() if k.startswith('backbone.')}
+
+
+def _model_state(model: nn.Module, state: dict[str, Tensor],
+                 starting: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` under the names of `model`, and the official keys it holds beyond."""
+    if not _has_own_backbone(model):
+        return state, []
+    wanted = model.state_dict()
+    backbone_keys = _below_backbone(wanted)
+    backbone, unexpected = _backbone_state(state, backbone_keys, None)
+    translated = {f'backbone.{k}': v for k, v in backbone.items()}
+    if not is_official(state):
+        # a dense model takes its last norm from a classifier's neck
+        rest = {k: v for k, v in state.items()
+                if not (starting and k.startswith('backbone.'))}
+        return {**rest, **translated}, []
+    if any(k.startswith('neck.mixer.') for k in wanted):
+        rest = [k for k in wanted if k.startswith(('neck.', 'head.'))]
+        translated.update(from_official(state, rest))
+        used = _used_official_names([*rest, *backbone_keys])
+        unexpected += [k for k in state if k not in used and k not in unexpected]
+    return translated, unexpected
+
+
 def _head_hint(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     """What to do where one of model and file has the distillation head and the other has not."""
     distilled = 'head.dist_fc.weight' in state or 'dist_head.weight' in state
@@ -407,42 +513,19 @@ class CheckpointHook(Hook):
         wanted = model.state_dict()
         path = str(getattr(runner, '_load_from', None) or 'checkpoint')
         state = extract_state_dict(checkpoint, path)
-        own_backbone = isinstance(getattr(model, 'backbone', None), MODELS.get('GroupMamba'))
-        backbone_keys = {k[len('backbone.'):]: v for k, v in wanted.items()
-                         if own_backbone and k.startswith('backbone.')}
-        unexpected: list[str] = []
         training = isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict))
-        starting = training and not runner._resume
         if not training:
             # the state dict is the average already; EMAHook would swap in what TTA cannot load
             checkpoint.pop('ema_state_dict', None)
-        if is_official(state) and own_backbone:
-            backbone, unexpected = _backbone_state(state, backbone_keys, None)
-            translated = {f'backbone.{k}': v for k, v in backbone.items()}
-            if any(k.startswith('neck.mixer.') for k in wanted):
-                rest = [k for k in wanted if k.startswith(('neck.', 'head.'))]
-                translated.update(from_official(state, rest))
-                used = _used_official_names([*rest, *backbone_keys])
-                unexpected += [k for k in state if k not in used and k not in unexpected]
-        elif own_backbone:
-            # a dense model takes its last norm from a classifier's neck
-            backbone, _ = _backbone_state(state, backbone_keys, None)
-            rest = {k: v for k, v in state.items()
-                    if not (starting and k.startswith('backbone.'))}
-            translated = {**rest, **{f'backbone.{k}': v for k, v in backbone.items()}}
-        else:
-            translated = state
-        if starting:
-            if own_backbone:
-                found = {k[len('backbone.'):]: v for k, v in translated.items()
-                         if k.startswith('backbone.')}
+        if training and not runner._resume:
+            translated, unexpected = _model_state(model, state, starting=True)
+            if _has_own_backbone(model):
+                found, backbone_keys = _below_backbone(translated), _below_backbone(wanted)
                 extra = [k for k in unexpected if not k.startswith(_CLASSIFICATION_ONLY)]
                 _check_backbone(model.backbone, backbone_keys, found, extra, state, path)
             self._log_rest(wanted, translated, path)
         else:
-            check_match(wanted, translated,
-                        f'{path} does not fit {type(model).__name__}{_head_hint(wanted, state)}',
-                        unexpected)
+            translated = fit_model(model, state, path)
         checkpoint['state_dict'] = translated
 
     @staticmethod

@@ -25,10 +25,18 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
+from mmengine.registry import (
+    DATASETS,
+    MODELS,
+    OPTIMIZERS,
+    RUNNERS,
+    Registry,
+    init_default_scope,
+)
 from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
 
-from mmgroupmamba.checkpoint import CheckpointError, read_checkpoint
+from mmgroupmamba.checkpoint import CheckpointError, read_checkpoint, use_safe_reader
+from mmgroupmamba.data_check import check_coco
 from mmgroupmamba.doctor import check_family
 
 TRACEBACK = 'MMGROUPMAMBA_TRACEBACK'
@@ -76,22 +84,28 @@ def explain(error: BaseException) -> Optional[str]:
     """
     frames = traceback.extract_tb(error.__traceback__)
     message = one_line(error)
-    built = any(frame.name == 'build_from_cfg' for frame in frames)
+    names = [frame.name for frame in frames]
     ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent) if frames else False
     where = f'({TRACEBACK}=1 shows where)'
     if isinstance(error, (LaunchError, CheckpointError)) or ours and isinstance(error, ValueError):
         return message
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, OSError):
         return f'{message} {where}'
-    if not built:
+    if 'build_from_cfg' not in names:
         return None
     culprit = None
     if isinstance(error, KeyError) and 'registry' in message:
         culprit = f'{message.split(". Please")[0]}; check its spelling'
     elif isinstance(error, TypeError) and re.search(r'unexpected keyword|missing \d', message):
         culprit = message
-    elif isinstance(error, (ValueError, AssertionError)) and frames[-1].name == '__init__':
-        culprit = message
+    elif '__init__' in names[names.index('build_from_cfg'):]:
+        # a constructor got a value that it cannot work with
+        culprit = f'{type(error).__name__}: {message}'
+        if 'serialize_data' in ''.join(names):  # mmengine packs nothing
+            return ('a data set is empty: no image fits its data_root, data_prefix, ann_file, '
+                    f'suffixes and filter_cfg {where}')
+        if isinstance(error, (ValueError, AssertionError)) and names[-1] == '__init__':
+            culprit = message
     return culprit and f'the config does not build: {culprit} {where}'
 
 
@@ -206,13 +220,19 @@ def load_config(args: argparse.Namespace) -> Config:
                           f'default_scope to one of {", ".join(TASKS)}, it picks the task')
     if problems := check_family(scope):
         raise LaunchError('; '.join(problems))
+    use_safe_reader()
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise LaunchError('--launcher pytorch is for processes that torchrun starts: use '
+                          'tools/dist_train.sh or tools/dist_test.sh, or leave it out')
 
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(
         Path('work_dirs') / Path(args.config).stem)
+    check_folder(cfg.work_dir, '--work-dir')
     # whatever runtime the config has: nothing may load without a check
     cfg.setdefault('default_hooks', {})
     cfg.default_hooks.setdefault('checkpoint_guard', dict(type='mmgroupmamba.CheckpointHook'))
+    cfg.default_hooks.setdefault('data_guard', dict(type='mmgroupmamba.DataCheckHook'))
     cfg.setdefault('visualizer', dict(type=TASKS[scope].visualizer, name='visualizer',
                                       vis_backends=[dict(type='LocalVisBackend')]))
     if get_device() == 'cpu' and args.launcher != 'none':
@@ -222,6 +242,13 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.model_wrapper_cfg.device_ids = None
         replace_sync_bn(cfg.model)
     return cfg
+
+
+def check_folder(path: str, option: str) -> None:
+    """Raise where a folder is to be written and a file stands in the way."""
+    for part in (Path(path), *Path(path).parents):
+        if part.exists() and not part.is_dir():
+            raise LaunchError(f'{option} {path}: {part} is a file: name a folder')
 
 
 def replace_sync_bn(node: Any) -> None:
@@ -295,8 +322,6 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> None:
         checkpoint = find_latest_checkpoint(cfg.work_dir)
         if checkpoint is None:
             print_log(f'no checkpoint in {cfg.work_dir} to resume from: training starts anew')
-    if checkpoint is not None and '://' in checkpoint:
-        raise LaunchError(f'checkpoint {checkpoint} is an address: download it and give the file')
     if checkpoint is not None:
         try:
             read_checkpoint(checkpoint)
@@ -305,11 +330,23 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> None:
                 raise LaunchError(f'{one_line(error)}; name another one of {cfg.work_dir} by '
                                   '--resume CKPT') from error
             raise
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
+    if 'train' in splits and optimizer and registered(OPTIMIZERS, optimizer) is None:
+        raise LaunchError(f'optim_wrapper.optimizer.type={optimizer} is not in the optimizer '
+                          'registry: check its spelling')
     # a wrong arch, key or backend shows here, not after the work_dir is made
     model = deepcopy(cfg.model)
     if cfg.get('data_preprocessor'):
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
     MODELS.build(model)
+
+
+def registered(registry: Registry, kind: Any) -> Any:
+    """The class of a config's ``type``, looked for in the default scope; None if there is none."""
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as scoped:
+        return scoped.get(kind)
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
@@ -330,6 +367,23 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         options = ' '.join(f'{option}=PATH' for option in missing)
         raise LaunchError(f'data not found: {culprits}; put it there or set '
                           f'--cfg-options {options}')
+    if cfg.default_scope == 'mmdet' and int(os.environ.get('RANK', 0)) == 0:
+        for split in splits:
+            for _, dataset in leaf_datasets(cfg[f'{split}_dataloader'].dataset, ''):
+                check_annotations(dataset)
+
+
+def check_annotations(dataset: ConfigDict) -> None:
+    """Check a COCO data set's file; other kinds pass."""
+    from mmdet.datasets import CocoDataset
+    if registered(DATASETS, dataset.type) is not CocoDataset:
+        return
+    built = DATASETS.build({**deepcopy(dataset), 'lazy_init': True})
+    if not Path(built.ann_file).is_file():  # one of another storage
+        return
+    with_mask = any(step.get('with_mask') for step in dataset.get('pipeline', ()))
+    for note in check_coco(built.ann_file, built.metainfo['classes'], with_mask):
+        print_log(note)
 
 
 def leaf_datasets(dataset: ConfigDict, key: str) -> Iterator[tuple[str, ConfigDict]]:
@@ -348,11 +402,11 @@ def missing_paths(key: str, dataset: ConfigDict) -> dict[str, str]:
 
     The dataset itself joins its paths, by a lazy build that reads no annotation.
     """
-    cls = DATASETS.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    cls = registered(DATASETS, dataset.type)
     if cls is not None:
         parameters = inspect.signature(cls).parameters
         downloads = 'download' in parameters and dataset.get('download', True)
-        if downloads or not {'lazy_init', 'kwargs'} & set(parameters):
+        if downloads or not {'lazy_init', 'kwargs', 'args'} & set(parameters):
             return {}
     if dataset.get('data_root') and not _exists(dataset.data_root, dataset):
         return {f'{key}.data_root': dataset.data_root}

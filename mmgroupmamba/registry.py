@@ -15,7 +15,10 @@ check_versions()
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mmgroupmamba', locations=['mmgroupmamba.models'])
 HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='mmgroupmamba', locations=['mmgroupmamba.checkpoint'])
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='mmgroupmamba',
+    locations=['mmgroupmamba.checkpoint', 'mmgroupmamba.data_check'])
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,

@@ -108,7 +108,7 @@ def test_check_versions(monkeypatch):
     fake_metadata(monkeypatch, {})
     mmgroupmamba.check_versions()
     fake_metadata(monkeypatch, {**ORIGINAL, 'mmcv': '1.7.1', 'mmdet': '2.28.0'})
-    with pytest.raises(ImportError, match='^mmcv 1.7.1 is not supported: run') as info:
+    with pytest.raises(RuntimeError, match='^mmcv 1.7.1 is not supported: run') as info:
         mmgroupmamba.check_versions()
     assert 'mmdet' not in str(info.value)
 

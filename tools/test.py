@@ -15,6 +15,7 @@ if problems := check_family():
 import torch
 from mmengine import fileio
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
 
 from mmgroupmamba.launch import (
@@ -22,6 +23,7 @@ from mmgroupmamba.launch import (
     LaunchError,
     Parser,
     build_runner,
+    check_folder,
     check_run,
     leaf_datasets,
     load_config,
@@ -136,7 +138,12 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.amp:
+        if cfg.default_scope == 'mmdet' and get_device() == 'cpu':
+            raise LaunchError("--amp: mmcv's NMS and RoIAlign know no bfloat16 on CPU: leave it "
+                              'out, or use a GPU')
         cfg.test_cfg.fp16 = True
+    if args.show_dir:
+        check_folder(args.show_dir, '--show-dir')
     if args.show or args.show_dir:
         set_visualization(cfg, args)
     if args.tta:

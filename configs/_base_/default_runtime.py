@@ -7,7 +7,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     # load_from and resume: official names translated, what does not match named
-    checkpoint_guard=dict(type='mmgroupmamba.CheckpointHook'))
+    checkpoint_guard=dict(type='mmgroupmamba.CheckpointHook'),
+    # labels outside the classes, heads that do not fit the data: named before they crash
+    data_guard=dict(type='mmgroupmamba.DataCheckHook'))
 
 env_cfg = dict(
     cudnn_benchmark=False,

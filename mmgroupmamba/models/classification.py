@@ -2,7 +2,7 @@
 
 The one module that needs mmpretrain; classification configs import it through ``custom_imports``.
 """
-from typing import Optional
+from typing import NoReturn, Optional
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,7 @@ from mmpretrain.models import ImageClassifier, LinearClsHead, TimmClassifier
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
+from mmgroupmamba.checkpoint import load_model
 from mmgroupmamba.registry import MODELS
 
 from .layers import ModulatedGroupMamba, init_weights
@@ -116,8 +117,11 @@ class _Teacher:
     def model(self) -> nn.Module:
         if self._model is None:
             model = MODELS.build(self.config)
-            # a timm model brings its weights along; its own init_weights would draw new ones
-            if not isinstance(model, TimmClassifier) or model.init_cfg:
+            init_cfg = getattr(model, 'init_cfg', None)
+            if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+                load_model(model, init_cfg['checkpoint'])  # strictly, unlike mmengine
+            elif not isinstance(model, TimmClassifier):
+                # a timm model brings its weights along; its own init_weights would draw new ones
                 model.init_weights()
             model.requires_grad_(False)
             model.eval()
@@ -129,6 +133,14 @@ class _Teacher:
         if next(self.model.parameters()).device != inputs.device:
             self.model.to(inputs.device)
         return self.model(inputs)
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """Classes of the teacher's head, None where it does not tell."""
+        for part in (getattr(self.model, 'head', None), getattr(self.model, 'model', None)):
+            if getattr(part, 'num_classes', None):
+                return part.num_classes
+        return None
 
     @property
     def _timm_cfg(self) -> dict:
@@ -203,9 +215,12 @@ class DistilledImageClassifier(ImageClassifier):
         """Initialise the student, build the teacher and check that it takes the same images.
 
         Raises:
-            ValueError: The teacher's normalisation is another.
+            ValueError: The teacher's classes or its normalisation are others.
+            CheckpointError: The teacher's ``init_cfg`` names a file that does not fit it.
         """
         super().init_weights()
+        if self.teacher.num_classes not in (None, self.head.num_classes):
+            self._refuse_classes(self.teacher.num_classes)
         self._check_normalisation()
 
     def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
@@ -224,8 +239,7 @@ class DistilledImageClassifier(ImageClassifier):
         score, dist_score = self.head.logits(self.extract_feat(inputs))
         teacher_score = self.teacher(inputs)
         if teacher_score.shape != score.shape:
-            raise ValueError(f'the teacher has {teacher_score.shape[1]} classes, the student '
-                             f"{score.shape[1]}: set the teacher's num_classes to the student's")
+            self._refuse_classes(teacher_score.shape[1])
         loss_cls = self.head._get_loss(score, data_samples)
         loss_distill = self._distillation_loss(dist_score, teacher_score)
         return dict(
@@ -242,6 +256,10 @@ class DistilledImageClassifier(ImageClassifier):
             reduction='sum',
             log_target=True)
         return divergence * self.tau**2 / score.numel()
+
+    def _refuse_classes(self, classes: int) -> NoReturn:
+        raise ValueError(f'the teacher has {classes} classes, the student {self.head.num_classes}: '
+                         'take a teacher of the same classes')
 
     def _check_normalisation(self) -> None:
         own = self.data_preprocessor

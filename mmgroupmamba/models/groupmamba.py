@@ -59,8 +59,10 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
         if not isinstance(arch[key], (list, tuple)) or len(arch[key]) != 4:
             raise ValueError(f'arch {key} must hold one value for each of the four stages, '
                              f'got {arch[key]!r}')
-        if key != 'mlp_ratios' and not all(isinstance(value, int) for value in arch[key]):
-            raise ValueError(f'arch {key} must be whole numbers, got {tuple(arch[key])}')
+        kinds = {int, float} if key == 'mlp_ratios' else {int}  # a bool is neither
+        if not all(type(value) in kinds for value in arch[key]):
+            raise ValueError(f'arch {key} must be {"" if float in kinds else "whole "}numbers, '
+                             f'got {tuple(arch[key])}')
         if any(value <= 0 for value in arch[key]):
             raise ValueError(f'arch {key} must be positive, got {tuple(arch[key])}')
     if not isinstance(arch['stem_hidden_dim'], int) or arch['stem_hidden_dim'] <= 0:
@@ -132,14 +134,20 @@ class GroupMamba(BaseModule):
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch = resolve_arch(arch)
+        if not isinstance(out_indices, (list, tuple)):
+            raise ValueError(f'out_indices must be a list of stages, such as (3, ), got '
+                             f'{out_indices!r}')
         out_indices = tuple(out_indices)
         if not out_indices or sorted(set(out_indices) & set(range(4))) != list(out_indices):
             raise ValueError(f'out_indices must be ascending and of 0, 1, 2, 3, got {out_indices}')
         if frozen_stages not in range(-1, 5):
             raise ValueError(f'frozen_stages must be -1 to 4, got {frozen_stages}')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         check_backend(scan_backend)
+        if (isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+                and not isinstance(init_cfg.get('checkpoint'), str)):
+            raise ValueError(f'init_cfg of type Pretrained needs checkpoint=FILE, got {init_cfg}')
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval

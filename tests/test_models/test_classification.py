@@ -7,7 +7,7 @@ from mmengine.registry import DefaultScope
 from mmpretrain.structures import DataSample
 
 import mmgroupmamba.models.classification  # noqa: F401
-from mmgroupmamba.checkpoint import from_official
+from mmgroupmamba.checkpoint import CheckpointError, from_official
 from mmgroupmamba.registry import MODELS
 
 MICRO = dict(
@@ -165,6 +165,19 @@ def test_teacher_with_other_classes():
     teacher = student(num_classes=7)
     with pytest.raises(ValueError, match='teacher has 7 classes, the student 5'):
         distilled(teacher).loss(torch.randn(2, 3, 64, 64), samples(2))
+    with pytest.raises(ValueError, match='teacher has 7 classes, the student 5'):
+        distilled(teacher).init_weights()
+
+
+def test_teacher_of_an_unfit_file(tmp_path):
+    """mmengine's own init_cfg would load what matches and say little about the rest."""
+    state = MODELS.build(student()).state_dict()
+    state.pop('neck.norm.weight')
+    path = str(tmp_path / 'teacher.pth')
+    torch.save({'state_dict': state}, path)
+    model = distilled({**student(), 'init_cfg': dict(type='Pretrained', checkpoint=path)})
+    with pytest.raises(CheckpointError, match='missing: neck.norm.weight'):
+        model.init_weights()
 
 
 def test_teacher_of_another_size():

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -23,8 +24,9 @@ def refused(capfd, tmp_path, monkeypatch):
     main = load_main('train')
 
     def run(*args: object) -> str:
-        # mmengine names its visualizer by the second, and would take the last run's again
-        Visualizer._instance_dict.clear()
+        # mmengine would take the visualizer of the last run in this process again
+        for kind in (Visualizer, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
         try:
             code = main([str(arg) for arg in args])
         except SystemExit as error:
@@ -159,16 +161,28 @@ def test_missing_library(refused, configs, monkeypatch):
     ('train_dataloader.dataset.typo=1', "unexpected keyword argument 'typo'"),
     ('train_cfg.max_iter=4', "unexpected keyword argument 'max_iter'"),
     ('optim_wrapper.type=Other', 'optim_wrapper.type=Other'),
+    ('optim_wrapper.optimizer.type=Adamm', 'Adamm is not in the'),
+    ('model.backbone.out_indices=3', 'out_indices must be a list'),
+    ('model.backbone.drop_path_rate=abc', "drop_path_rate must be in [0, 1), got 'abc'"),
+    ('model.backbone.frozen_stages=9', 'frozen_stages must be -1 to 4'),
+    ('model.backbone.init_cfg.type=Pretrained', 'needs checkpoint=FILE'),
+    ('model.backbone.arch.depths=[True,1,1,1]', 'must be whole numbers'),
+    ('model.backbone.arch.mlp_ratios=[2,2,2,x]', 'must be numbers'),
+    ('model.head.num_classes=three', 'the config does not build'),
+    ('model.head.num_classes=3', 'head has 3 classes, the data set 2'),
 ])
 def test_bad_options(option, words, refused, configs):
     assert words in refused(configs['mmpretrain'], '--amp', '--cfg-options', option)
 
 
-def test_bad_arguments(refused, configs):
+def test_bad_arguments(refused, configs, tmp_path):
     assert '--nothing' in refused(configs['mmdet'], '--nothing')
     if not torch.cuda.is_available():
         assert 'no bfloat16 on CPU' in refused(configs['mmdet'], '--amp')
         assert 'use torchrun' in refused(configs['mmdet'], '--launcher', 'slurm')
+    assert 'that torchrun starts' in refused(configs['mmdet'], '--launcher', 'pytorch')
+    (tmp_path / 'taken').write_text('')
+    assert 'taken is a file' in refused(configs['mmdet'], '--work-dir', tmp_path / 'taken/run')
 
 
 @pytest.mark.parametrize('scope, option, path', [
@@ -226,6 +240,57 @@ def test_images_below_32_pixels(refused, configs, tmp_path):
                    f'train_dataloader.dataset.data_root={tmp_path}',
                    'train_dataloader.dataset.data_prefix=small', 'train_dataloader.batch_size=2')
     assert 'at least 32x32' in line and '16x16' in line
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda coco: coco['annotations'][0].update(category_id=9), 'category_id 9'),
+    (lambda coco: coco['annotations'][0].update(segmentation=[]), 'has no mask'),
+    (lambda coco: coco['categories'].pop(), 'no category green'),
+    (lambda coco: [a.update(bbox=[70, 0, 9, 9]) for a in coco['annotations']],
+     '8 boxes outside their image'),
+])
+def test_unfit_instances(change, words, refused, configs, data, tmp_path):
+    content = json.loads((data / 'instances.json').read_text())
+    change(content)
+    (tmp_path / 'bad.json').write_text(json.dumps(content))
+    line = refused(configs['mmdet'], '--cfg-options',
+                   f'train_dataloader.dataset.ann_file={tmp_path}/bad.json')
+    assert words in line and 'bad.json' in line
+
+
+def test_boxes_outside_the_image_are_left_out(configs, data, tmp_path):
+    content = json.loads((data / 'instances.json').read_text())
+    content['annotations'][0].update(bbox=[70, 0, 9, 9])
+    (tmp_path / 'some.json').write_text(json.dumps(content))
+    done = run_tool('train', configs['mmdet'], '--no-validate', '--work-dir', tmp_path / 'run',
+                    '--cfg-options', f'train_dataloader.dataset.ann_file={tmp_path}/some.json')
+    assert done.returncode == 0, done.stderr
+    assert 'some.json: 1 boxes outside their image' in done.stdout
+    assert train_iters(done.stdout) == [1, 2, 3, 4]
+
+
+def test_labels_outside_the_classes(refused, configs, data, tmp_path):
+    (tmp_path / 'labels').mkdir()
+    for path in (data / 'labels').iterdir():
+        label_map = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        label_map[-1, -1] = 7
+        cv2.imwrite(str(tmp_path / 'labels' / path.name), label_map)
+    line = refused(configs['mmseg'], '--cfg-options',
+                   f'train_dataloader.dataset.data_prefix.seg_map_path={tmp_path}/labels')
+    assert re.search(r'labels/\d\.png has the label 7 outside the 2 classes 0 to 1', line)
+
+    (tmp_path / 'list.txt').write_text('folders/red/0.png 0\nfolders/green/1.png 2\n')
+    line = refused(configs['mmpretrain'], '--cfg-options', 'train_dataloader.batch_size=2',
+                   'train_dataloader.dataset.data_prefix=',
+                   f'train_dataloader.dataset.ann_file={tmp_path}/list.txt')
+    assert 'folders/green/1.png has the label 2 outside the 2 classes' in line
+
+
+def test_no_images(refused, configs, tmp_path):
+    (tmp_path / 'bare').mkdir()
+    for option in (f'data_prefix.img_path={tmp_path}/bare', 'img_suffix=.jpg'):
+        line = refused(configs['mmseg'], '--cfg-options', f'train_dataloader.dataset.{option}')
+        assert 'a data set is empty' in line
 
 
 def test_unexpected_errors_keep_their_traceback(configs, tmp_path, monkeypatch):
