@@ -4,12 +4,14 @@ Labels outside the classes, heads of another number of classes than the data set
 whose categories, boxes or masks do not fit.
 """
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch.nn as nn
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from .registry import HOOKS
@@ -135,6 +137,8 @@ def wrong_labels(sample: Any, num_classes: int, ignore_index: int = 255) -> list
 class DataCheckHook(Hook):
     """Names labels outside the classes and heads that do not fit the data set.
 
+    A head that does not fit stops training; a test on a part of the classes is only warned of.
+
     Raises:
         DataError: Before the first batch, or at the batch that holds such a label.
     """
@@ -143,7 +147,7 @@ class DataCheckHook(Hook):
     _num_classes = 0  # 0: the model has no head that we know
     _ignore_index = 255
 
-    def _check_heads(self, runner, dataset: Any) -> None:
+    def _check_heads(self, runner, dataset: Any, training: bool) -> None:
         classes = classes_of(dataset)
         model = _plain_model(runner)
         heads = dict(head_classes(model))
@@ -155,19 +159,22 @@ class DataCheckHook(Hook):
                             'the suffixes and filter_cfg')
         for name, number in heads.items():
             # one class stands for a binary head, which has a background beside it
-            if classes and number not in (1, len(classes)):
-                raise DataError(
-                    f'model.{name} has {number} classes, the data set {len(classes)}: set '
+            if not classes or number in (1, len(classes)):
+                continue
+            line = (f'model.{name} has {number} classes, the data set {len(classes)}: set '
                     f'model.{name}.num_classes={len(classes)}, or metainfo.classes of the data set')
+            if training:
+                raise DataError(line)
+            print_log(line, logger='current', level=logging.WARNING)
 
     def before_train(self, runner) -> None:
-        self._check_heads(runner, runner.train_dataloader.dataset)
+        self._check_heads(runner, runner.train_dataloader.dataset, training=True)
 
     def before_val(self, runner) -> None:
-        self._check_heads(runner, runner.val_dataloader.dataset)
+        self._check_heads(runner, runner.val_dataloader.dataset, training=False)
 
     def before_test(self, runner) -> None:
-        self._check_heads(runner, runner.test_dataloader.dataset)
+        self._check_heads(runner, runner.test_dataloader.dataset, training=False)
 
     def _before_iter(self, runner, batch_idx: int, data_batch: Any = None,
                      mode: str = 'train') -> None:
