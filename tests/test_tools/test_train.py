@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -79,28 +78,6 @@ def test_kill_resume_test(configs, tmp_path):
     done = run_tool('train', config, '--resume', checkpoint, '--work-dir', tmp_path / 'other',
                     '--cfg-options', f'train_cfg.max_iters={stopped + 7}')
     assert train_iters(done.stdout) == [stopped + 6, stopped + 7]
-
-
-def test_two_processes(configs, tmp_path):
-    """Two CPU processes train and test through the shell scripts, over gloo."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': '29617',
-           'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-
-    options = ['--work-dir', tmp_path, '--cfg-options', 'model.decode_head.norm_cfg.type=SyncBN']
-
-    def launch(*args: object) -> str:
-        done = subprocess.run(['bash', *map(str, args), *options], env=env, text=True, timeout=300,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    log = launch(ROOT / 'tools/dist_train.sh', configs['mmseg'], 2)
-    assert ('gloo' in log) != torch.cuda.is_available()
-    checkpoint = tmp_path / 'iter_4.pth'
-    double = launch(ROOT / 'tools/dist_test.sh', configs['mmseg'], checkpoint, 2)
-    single = run_tool('test', configs['mmseg'], checkpoint, *options).stdout
-    metric = r'Iter\(test\).*mIoU: (\S+)'
-    assert re.search(metric, double)[1] == re.search(metric, single)[1]
 
 
 def test_refusal_is_one_line_on_stderr(tmp_path):
