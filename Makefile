@@ -6,11 +6,17 @@ TEST_JOBS ?= 2
 ARGS ?=
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help install gpu demo test lint doctor clean distclean
+# of the tests, what the original family must pass: configs, models, a round a task
+ORIGINAL_TESTS := tests/test_configs/test_build.py tests/test_models tests/test_ops \
+  tests/test_checkpoint.py tests/test_tools/test_train.py::test_train \
+  tests/test_tools/test_test.py::test_predictions_and_pictures
+
+.PHONY: help install gpu demo test test-original lint doctor clean distclean
 
 help:
 	@echo 'make demo       train the three small models on drawn shapes, print a table'
 	@echo 'make test       run the tests'
+	@echo 'make test-original   the same for the original OpenMMLab family, in .venv-original'
 	@echo 'make lint       run ruff'
 	@echo 'make doctor     say what is installed and which scan runs'
 	@echo 'make install    set up .venv (demo, test, lint and doctor do it by themselves)'
@@ -32,6 +38,11 @@ demo: install
 test: install
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
+test-original:
+	@'$(PYTHON)' tools/install.py --family original
+	@OMP_NUM_THREADS=1 .venv-original/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile \
+	  $(ORIGINAL_TESTS) $(ARGS)
+
 lint: install
 	@$(VENV_PYTHON) -m ruff check . $(ARGS)
 
@@ -40,7 +51,7 @@ doctor: install
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	@rm -rf .venv
+	@rm -rf .venv .venv-original

@@ -108,9 +108,19 @@ def test_cpu_ops_are_built_anew_for_a_gpu(install, monkeypatch):
         == ['1']
 
 
-def test_pins_are_in_the_supported_ranges(install):
-    pinned = dict(line.split('==') for name in ('torch', 'onedl') for line in install.pins(name))
+@pytest.mark.parametrize('family', ['onedl', 'original'])
+def test_pins_are_in_the_supported_ranges(install, family):
+    pinned = dict(line.split('==') for name in install.FAMILIES[family][:2]
+                  for line in install.pins(name) if '==' in line)
     assert doctor.find_problems(pinned) == []
+
+
+def test_the_original_family_has_its_own_pins(install):
+    install.Installer('original').run(retry_gpu=False)
+    commands = [command for command, _ in install.calls]
+    assert any('mmcv==2.1.0' in command for command in commands)
+    assert not any('onedl' in command or 'requirements/torch.txt' in command
+                   for command in commands)
 
 
 def test_old_python_gets_one_line():

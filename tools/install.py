@@ -31,6 +31,11 @@ STATE = VENV / 'installed.json'
 LOG = VENV / 'install.log'
 PINS = ROOT / 'requirements'
 FREE_GB = 9
+# family -> files of pins for torch and for the libraries, and mmcv's name in the latter
+FAMILIES = {
+    'onedl': ('torch', 'onedl', 'onedl-mmcv'),
+    'original': ('torch-original', 'original', 'mmcv=='),
+}
 BUILD = ('-v', '--no-deps', '--no-build-isolation', '--no-cache-dir', '--ignore-installed')
 NO_CUDA = {'FORCE_CUDA': '0', 'MMCV_WITH_OPS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 CUDA = {'FORCE_CUDA': '1', 'MMCV_WITH_OPS': '1'}
@@ -157,26 +162,39 @@ def give_up(remedy: str) -> NoReturn:
     die(f'{remedy}; then the same command goes on from here (all of the output: {LOG})')
 
 
-class Installer:
-    """The steps in their order, and what of them is done."""
+def use_folder(name: str) -> None:
+    """Work on the environment ROOT/`name`."""
+    global VENV, PYTHON, STATE, LOG
+    VENV = ROOT / name
+    PYTHON, STATE, LOG = VENV / 'bin' / 'python', VENV / 'installed.json', VENV / 'install.log'
 
-    def __init__(self) -> None:
+
+class Installer:
+    """The steps in their order, and what of them is done.
+
+    Args:
+        family: One of FAMILIES.
+    """
+
+    def __init__(self, family: str = 'onedl') -> None:
+        self.torch_pins, self.library_pins, self.mmcv_name = FAMILIES[family]
         self.state: dict[str, str] = {}
         if PYTHON.exists() and STATE.exists():
             self.state = json.loads(STATE.read_text())
         # each key covers the steps before it
         parts, self.keys = [], {}
-        for name in ('build', 'torch', 'onedl'):
+        for step, name in (('build', 'build'), ('torch', self.torch_pins),
+                           ('libraries', self.library_pins)):
             parts += pins(name)
-            self.keys[name] = hashlib.sha256('\n'.join(parts).encode()).hexdigest()
-        self.keys['mmcv'] = self.keys['onedl']
+            self.keys[step] = hashlib.sha256('\n'.join(parts).encode()).hexdigest()
+        self.keys['mmcv'] = self.keys['libraries']
         metadata = [(ROOT / name).read_text() for name in ('setup.cfg', 'pyproject.toml')]
         self.keys['package'] = hashlib.sha256(
             '\n'.join([*parts, *metadata, str(ROOT)]).encode()).hexdigest()
         self.keys['mamba'] = hashlib.sha256('\n'.join([*parts, *pins('gpu')]).encode()).hexdigest()
         if any(self.state.get(name, self.keys[name]) != self.keys[name]
-               for name in ('build', 'torch', 'onedl', 'mmcv')):
-            say('The pinned versions have changed: making .venv anew.')
+               for name in ('build', 'torch', 'libraries', 'mmcv')):
+            say(f'The pinned versions have changed: making {VENV.name} anew.')
             self.state = {}
             shutil.rmtree(VENV)
 
@@ -208,7 +226,7 @@ class Installer:
         if self.done('build'):
             return
         check_machine()
-        say('[1/5] .venv with pip and build tools: seconds')
+        say(f'[1/5] {VENV.name} with pip and build tools: seconds')
         if not (PYTHON.exists() and run([PYTHON, '-m', 'pip', '--version'])):
             shutil.rmtree(VENV, ignore_errors=True)
             VENV.mkdir()
@@ -222,7 +240,7 @@ class Installer:
         """Build the ops, for CUDA where possible, else for CPU."""
         if self.done('mmcv') and (nvcc is None or self.state['ops'] != 'cpu'):
             return
-        pin = next(line for line in pins('onedl') if line.startswith('onedl-mmcv'))
+        pin = next(line for line in pins(self.library_pins) if line.startswith(self.mmcv_name))
         count = os.environ.get('MAX_JOBS', str(jobs()))
         say(f"[4/5] building mmcv's ops{' with CUDA' if nvcc else ''}: 10-12 minutes on 2 cores"
             f'{", several times that with CUDA" if nvcc else ""} ({count} at a time)')
@@ -269,19 +287,20 @@ class Installer:
         self.install(
             'torch', '[2/5] torch and torchvision: a download of 2-5 GB, 1-10 minutes (the CUDA '
             'build, which runs on CPU as well)', 'torch, torchvision', network,
-            '-r', str(PINS / 'torch.txt'))
+            '-r', str(PINS / f'{self.torch_pins}.txt'))
         self.install(
-            'onedl', '[3/5] mmengine, mmdet, mmseg, mmpretrain: about a minute',
+            'libraries', '[3/5] mmengine, mmdet, mmseg, mmpretrain: about a minute',
             'mmengine.runner, cv2', network + '; if it says libGL, run `apt-get install libgl1`',
-            '--no-build-isolation', '-c', str(PINS / 'torch.txt'),
-            *[line for line in pins('onedl') if not line.startswith('onedl-mmcv')])
+            '--no-build-isolation', '-c', str(PINS / f'{self.torch_pins}.txt'),
+            *[line for line in pins(self.library_pins) if not line.startswith(self.mmcv_name)])
         nvcc = find_nvcc(quiet=self.done('package') and not retry_gpu)
         self.mmcv(nvcc)
         self.mamba(nvcc)
         self.install(
             'package', '[5/5] mmgroupmamba, editable, with its extras: seconds',
             'mmgroupmamba, mmpretrain, mmdet, mmseg, pytest', network,
-            '--no-build-isolation', '-c', str(PINS / 'torch.txt'), '-c', str(PINS / 'onedl.txt'),
+            '--no-build-isolation', '-c', str(PINS / f'{self.torch_pins}.txt'),
+            '-c', str(PINS / f'{self.library_pins}.txt'),
             '-e', f'{ROOT}[all]')
 
 
@@ -289,10 +308,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--retry-gpu', action='store_true',
                         help='try the CUDA parts again that failed before')
+    parser.add_argument('--family', choices=list(FAMILIES), default='onedl',
+                        help='original: into .venv-original, for `make test-original`')
     args = parser.parse_args()
+    if args.family == 'original':
+        use_folder('.venv-original')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        Installer().run(args.retry_gpu)
+        Installer(args.family).run(args.retry_gpu)
     except KeyboardInterrupt:
         die('interrupted: the same command goes on from here')
 
