@@ -166,8 +166,10 @@ class OptionAction(DictAction):
 class Parser(argparse.ArgumentParser):
     """An argument parser with the options of both tools, whose errors are one line."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, inputs: str = '') -> None:
         super().__init__(description=description)
+        if inputs:
+            self.add_argument('inputs', nargs='+', metavar='INPUT', type=Path, help=inputs)
         self.add_argument('config', help='config file')
 
     def add_shared_options(self) -> None:
