@@ -87,11 +87,12 @@ def _history_method(owner: type, name: str):
     return getattr(owner, name)
 
 
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(path: str, remedy: str = '') -> dict:
     """Read a checkpoint file without running any code from it.
 
     Args:
         path: A local file, plain or with ``~``.
+        remedy: What else the error for a missing file should say.
 
     Returns:
         What the file holds, its tensors on the CPU.
@@ -105,9 +106,7 @@ def read_checkpoint(path: str) -> dict:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise CheckpointError(
-            f'checkpoint not found: {path}; put the file there ({OFFICIAL_SOURCE}) or name another '
-            'one (model.backbone.init_cfg.checkpoint=FILE or load_from=FILE); '
-            'model.backbone.init_cfg=None trains from scratch')
+            f'checkpoint not found: {path}; put the file there or name another one{remedy}')
     # the context came with torch 2.5; torch.load falls back on its own list before
     safe_globals = getattr(torch.serialization, 'safe_globals', None)
     context = safe_globals(_safe_globals()) if safe_globals else nullcontext()
@@ -358,7 +357,9 @@ def load_backbone(backbone: nn.Module, path: str, prefix: Optional[str] = None) 
     Raises:
         CheckpointError: The file is unreadable, holds another model or another variant.
     """
-    state = extract_state_dict(read_checkpoint(path), path)
+    remedy = (f' (model.backbone.init_cfg.checkpoint=FILE; {OFFICIAL_SOURCE}); '
+              'model.backbone.init_cfg=None trains from scratch')
+    state = extract_state_dict(read_checkpoint(path, remedy), path)
     wanted = backbone.state_dict()
     translated, unexpected = _backbone_state(state, wanted, prefix)
     _check_backbone(backbone, wanted, translated, unexpected, state, path)
@@ -412,12 +413,13 @@ def _check_backbone(backbone: nn.Module, wanted: dict[str, Tensor], translated: 
                 unexpected)
 
 
-def load_model(model: nn.Module, path: str) -> dict:
+def load_model(model: nn.Module, path: str, remedy: str = '') -> dict:
     """Load a whole model from an official checkpoint or one of ours; every key must match.
 
     Args:
         model: A classifier, detector or segmenter, of our backbone or another.
         path: Local file.
+        remedy: As in :func:`read_checkpoint`.
 
     Returns:
         The checkpoint, for what it holds beside the weights (``meta``).
@@ -425,7 +427,7 @@ def load_model(model: nn.Module, path: str) -> dict:
     Raises:
         CheckpointError: The file is unreadable or does not fit the model.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, remedy)
     model.load_state_dict(fit_model(model, extract_state_dict(checkpoint, path), path))
     return checkpoint
 

@@ -54,7 +54,8 @@ TASKS = {
     'mmdet': Task('DetLocalVisualizer', 'DetVisualizationHook', dict(
         type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5),
                                          max_per_img=100))),
-    'mmseg': Task('SegLocalVisualizer', 'SegVisualizationHook', dict(type='SegTTAModel')),
+    'mmseg': Task('SegLocalVisualizer', 'SegVisualizationHook',
+                  dict(type='mmgroupmamba.SegLogitsTTA')),
 }
 
 # top-level keys that the libraries read besides the runner's own arguments
@@ -304,6 +305,46 @@ def set_dataloaders(cfg: Config, pin_memory: bool, persistent_workers: bool = Tr
             loader.persistent_workers = False
 
 
+def set_amp(cfg: Config, wanted: bool) -> None:
+    """Switch the optimiser wrapper to mixed precision, in the form that the device can run."""
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if wanted and kind == 'OptimWrapper':
+        kind = wrapper.type = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+    elif wanted and kind not in ('AmpOptimWrapper', 'mmgroupmamba.CPUAmpOptimWrapper'):
+        raise LaunchError(f'--amp switches OptimWrapper to AmpOptimWrapper, but the config has '
+                          f'optim_wrapper.type={kind}: leave --amp out or change the type')
+    if kind == 'AmpOptimWrapper' and get_device() == 'cpu':
+        if cfg.default_scope == 'mmdet':
+            raise LaunchError("mixed precision: mmcv's NMS and RoIAlign know no bfloat16 on CPU: "
+                              'leave --amp out and set optim_wrapper.type=OptimWrapper, or use a '
+                              'GPU')
+        print_log('AMP on CPU: bfloat16 autocast, no loss scaling')
+        wrapper.type = 'mmgroupmamba.CPUAmpOptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(key, None)
+
+
+def set_training(cfg: Config, args: argparse.Namespace) -> None:
+    """Apply the options of tools/train.py to a config."""
+    for key in ('optim_wrapper', 'train_cfg', 'train_dataloader'):
+        if cfg.get(key) is None:
+            raise LaunchError(f'{args.config} has no {key}: it is no config to train from')
+    set_amp(cfg, args.amp)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise LaunchError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
+                              'the config: the batch size that the learning rate was set for')
+        cfg.auto_scale_lr.enable = True
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    set_dataloaders(cfg, not args.no_pin_memory, not args.no_persistent_workers)
+
+
 def check_run(cfg: Config, splits: tuple[str, ...]) -> None:
     """Check data, checkpoint and model of a run before anything is written.
 
@@ -324,7 +365,7 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> None:
         checkpoint = find_latest_checkpoint(cfg.work_dir)
         if checkpoint is None:
             print_log(f'no checkpoint in {cfg.work_dir} to resume from: training starts anew')
-    if checkpoint is not None:
+    if checkpoint is not None and not Path(checkpoint).is_dir():  # as DeepSpeed's are
         try:
             read_checkpoint(checkpoint)
         except CheckpointError as error:

@@ -9,4 +9,5 @@ visualizer = dict(
     type='SegLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer')
 log_processor = dict(by_epoch=False)
 
-tta_model = dict(type='SegTTAModel')
+# the mean of the logits; mmseg's SegTTAModel takes that of the probabilities
+tta_model = dict(type='mmgroupmamba.SegLogitsTTA')

@@ -119,7 +119,8 @@ class _Teacher:
             model = MODELS.build(self.config)
             init_cfg = getattr(model, 'init_cfg', None)
             if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-                load_model(model, init_cfg['checkpoint'])  # strictly, unlike mmengine
+                load_model(  # strictly, unlike mmengine
+                    model, init_cfg['checkpoint'], ' (model.teacher.init_cfg.checkpoint=FILE)')
             elif not isinstance(model, TimmClassifier):
                 # a timm model brings its weights along; its own init_weights would draw new ones
                 model.init_weights()

@@ -1,0 +1,6 @@
+_base_ = './cascade-mask-rcnn_groupmamba-tiny_fpn_4conv1fc-giou_ms-crop-3x_coco.py'
+
+checkpoint = 'checkpoints/groupmamba_base.pth'
+model = dict(
+    backbone=dict(arch='base', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[96, 192, 424, 512]))

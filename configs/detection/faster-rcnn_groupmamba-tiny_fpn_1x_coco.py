@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/faster-rcnn_groupmamba_fpn.py', '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/coco_1x.py', '../_base_/detection_runtime.py'
+]
+
+# the authors' distilled ImageNet weights, see README.md
+checkpoint = 'checkpoints/groupmamba_tiny.pth'
+model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=checkpoint)))
