@@ -2,11 +2,13 @@
 
 The one module that needs mmpretrain; classification configs import it through ``custom_imports``.
 """
+import logging
 from typing import NoReturn, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmpretrain.models import ImageClassifier, LinearClsHead, TimmClassifier
 from mmpretrain.structures import DataSample
@@ -124,6 +126,10 @@ class _Teacher:
             elif not isinstance(model, TimmClassifier):
                 # a timm model brings its weights along; its own init_weights would draw new ones
                 model.init_weights()
+            if not (init_cfg or self.config.get('pretrained')):
+                print_log('the teacher starts from random weights: name its own by '
+                          'model.teacher.init_cfg, or model.teacher.pretrained=True for timm',
+                          logger='current', level=logging.WARNING)
             model.requires_grad_(False)
             model.eval()
             self._model = model

@@ -8,6 +8,7 @@ from mmpretrain.structures import DataSample
 
 import mmgroupmamba.models.classification  # noqa: F401
 from mmgroupmamba.checkpoint import CheckpointError, from_official
+from mmgroupmamba.models.groupmamba import ARCHS
 from mmgroupmamba.registry import MODELS
 
 MICRO = dict(
@@ -186,3 +187,34 @@ def test_teacher_of_another_size():
     model.teacher.model.model.default_cfg = dict(input_size=(3, 224, 224))
     with pytest.raises(ValueError, match=r'teacher takes images of \(224, 224\)'):
         model.loss(torch.randn(2, 3, 64, 64), samples(2))
+
+
+def test_nano_trained_by_a_nano_teacher():
+    """At every step of a training both terms are those of equation 10, computed by hand."""
+    torch.manual_seed(0)
+    nano = ARCHS['nano']
+    model = distilled(student(nano), **{k: student(nano)[k] for k in ('backbone', 'neck', 'head')})
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs = torch.randn(8, 3, 64, 64)
+    targets = torch.rand(8, 5).softmax(1)
+    data = [DataSample().set_gt_score(target) for target in targets]
+    totals = []
+    for _ in range(8):
+        with torch.no_grad():
+            token = model.neck(model.backbone(inputs))[0]
+            fc, dist_fc = (token @ layer.weight.T + layer.bias
+                           for layer in (model.head.fc, model.head.dist_fc))
+            labels = model.teacher.model(inputs).argmax(1)
+            cls = -(targets * fc.log_softmax(1)).sum(1).mean()
+            distill = -dist_fc.log_softmax(1)[torch.arange(8), labels].mean()
+        losses = model.loss(inputs, data)
+        torch.testing.assert_close(losses['loss_cls'].detach(), 0.5 * cls)
+        torch.testing.assert_close(losses['loss_distill'].detach(), 0.5 * distill)
+        total, _ = model.parse_losses(losses)
+        torch.testing.assert_close(total.detach(), 0.5 * (cls + distill))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < totals[0]
