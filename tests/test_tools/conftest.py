@@ -2,7 +2,19 @@
 from pathlib import Path
 
 import pytest
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 from tiny import ARCH, COMMON, ROOT, TASKS, Trained, make_data, run_tool
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> None:
+    """mmengine keeps visualizers, loggers and the scope: those of the last run in this process."""
+    kinds = [DefaultScope, MMLogger, Visualizer]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

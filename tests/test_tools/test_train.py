@@ -80,6 +80,21 @@ def test_kill_resume_test(configs, tmp_path):
     assert train_iters(done.stdout) == [stopped + 6, stopped + 7]
 
 
+def test_resuming_goes_on_with_the_same_images(configs, tmp_path):
+    """Four iterations in one go, or two and two more, end at the same weights."""
+    options = ['--no-validate', '--cfg-options', 'model.decode_head.dropout_ratio=0']
+    whole = ['--work-dir', tmp_path / 'whole', *options]
+    parts = ['--work-dir', tmp_path / 'parts', *options]
+    for args in (whole, [*parts, 'train_cfg.max_iters=2'], ['--resume', *parts]):
+        done = run_tool('train', configs['mmseg'], *args)
+        assert done.returncode == 0, done.stderr
+    assert train_iters(done.stdout) == [3, 4]
+    one, other = (torch.load(tmp_path / name / 'iter_4.pth', weights_only=False)['state_dict']
+                  for name in ('whole', 'parts'))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
 def test_refusal_is_one_line_on_stderr(tmp_path):
     done = run_tool('train', 'configs/nothing.py', cwd=tmp_path)
     assert done.returncode == 2

@@ -189,7 +189,8 @@ def write_split(root: Path, split: str, number: int, size: int, seed: int) -> No
 
     path = root / 'detection/annotations' / f'instances_{split}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
+    categories = [dict(id=i, name=name, supercategory='shape')
+                  for i, name in enumerate(CLASSES, 1)]
     path.write_text(json.dumps(dict(images=images, annotations=annotations,
                                     categories=categories)))
 
