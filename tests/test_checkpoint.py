@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.model import PretrainedInit
 from mmengine.optim import OptimWrapper
+from mmengine.runner import CheckpointLoader
 
 from mmgroupmamba.checkpoint import (
     CheckpointError,
@@ -19,6 +21,7 @@ from mmgroupmamba.checkpoint import (
     official_name,
     read_checkpoint,
     to_official,
+    use_safe_reader,
 )
 from mmgroupmamba.models import GroupMamba
 
@@ -201,15 +204,31 @@ class CfgNode(dict):
         self.__dict__['__immutable__'] = True
 
 
-def test_yacs_config_is_read_as_data(golden, save, monkeypatch):
+@pytest.fixture
+def yacs_file(golden, save, monkeypatch):
+    """An official training checkpoint, which carries its yacs config; yacs is not installed."""
     module = SimpleNamespace(CfgNode=CfgNode)
     monkeypatch.setitem(sys.modules, 'yacs', SimpleNamespace(config=module))
     monkeypatch.setitem(sys.modules, 'yacs.config', module)
     monkeypatch.setattr(CfgNode, '__module__', 'yacs.config')
     path = save({'model': golden['state_dict'], 'config': CfgNode({'A': CfgNode({'B': 1})})})
     monkeypatch.undo()
-    assert read_checkpoint(path)['config'] == {'A': {'B': 1}}
-    load_backbone(GroupMamba(golden['arch']), path)
+    return path
+
+
+def test_yacs_config_is_read_as_data(golden, yacs_file):
+    assert read_checkpoint(yacs_file)['config'] == {'A': {'B': 1}}
+    load_backbone(GroupMamba(golden['arch']), yacs_file)
+
+
+def test_mmengine_reads_through_ours(yacs_file, save, monkeypatch):
+    """load_from, resume and every init_cfg: all go through mmengine's loader."""
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    evil = save({'state_dict': {'a': torch.zeros(1)}, 'x': Evil()}, 'evil.pth')
+    use_safe_reader()
+    assert CheckpointLoader.load_checkpoint(yacs_file, 'cpu')['config'] == {'A': {'B': 1}}
+    with pytest.raises(CheckpointError, match='holds pickled objects'):
+        PretrainedInit(evil)(torch.nn.Linear(1, 1))
 
 
 class Evil:
