@@ -70,8 +70,9 @@ def test_amp_average_accumulation_and_resume(config, tmp_path):
         for name, tensor in checkpoint[key].items():
             torch.testing.assert_close(again[key][name], tensor, rtol=0, atol=1e-6, msg=name)
 
-    tested = run_tool('test', config, whole / 'iter_4.pth', '--work-dir', whole)
-    assert tested.returncode == 0 and 'accuracy/top1' in tested.stdout
+    # the average is what is tested, under test-time augmentation too
+    tested = run_tool('test', config, whole / 'iter_4.pth', '--tta', '--work-dir', whole)
+    assert tested.returncode == 0 and 'accuracy/top1' in tested.stdout, tested.stderr
 
 
 def test_two_processes(config, tmp_path):
