@@ -112,7 +112,7 @@ class GroupMamba(BaseModule):
         with_cp: Recompute the blocks in the backward pass: less memory, more time.
         final_norm: Norm stage 4's map. ImageNet classification turns it off: there the norm
             belongs to the class token (:class:`~.classification.ClassBlockNeck`).
-        scan_backend: 'auto', 'reference', 'blocked' or 'mamba_ssm'; see
+        scan_backend: 'auto', 'reference', 'blocked', 'mamba_ssm' or 'triton'; see
             :func:`mmgroupmamba.ops.selective_scan`.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.

@@ -8,8 +8,8 @@ else. Each backend is a module with two functions::
 
 A new backend is one such module and one row of ``_BACKENDS``.
 """
-from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 from typing import Optional
 
 import torch
@@ -20,6 +20,7 @@ _BACKENDS = {
     'reference': 'scan_reference',
     'blocked': 'scan_blocked',
     'mamba_ssm': 'scan_mamba_ssm',
+    'triton': 'scan_triton',
 }
 # 'auto' takes the first that runs on the device
 _PREFERENCE = {'cuda': ('mamba_ssm', 'blocked')}
@@ -29,8 +30,15 @@ class BackendUnavailableError(ValueError):
     """A scan backend was asked for by name and cannot run here; the message says why."""
 
 
-def _backend(name: str):
-    return import_module(f'.{_BACKENDS[name]}', __package__)
+# plain dicts: torch.compile reads them without a graph break
+_modules: dict[str, ModuleType] = {}
+_resolved: dict[tuple[str, str], str] = {}
+
+
+def _backend(name: str) -> ModuleType:
+    if name not in _modules:
+        _modules[name] = import_module(f'.{_BACKENDS[name]}', __package__)
+    return _modules[name]
 
 
 def _default_device() -> str:
@@ -67,7 +75,6 @@ def check_backend(name: str, device_type: Optional[str] = None) -> None:
         raise BackendUnavailableError(f'scan backend {name!r} cannot run: {reason}')
 
 
-@lru_cache(maxsize=None)
 def resolve_backend(name: str, device_type: str) -> str:
     """Turn 'auto' into the name of the backend that runs, and check any other name.
 
@@ -81,6 +88,12 @@ def resolve_backend(name: str, device_type: str) -> str:
     Raises:
         ValueError, BackendUnavailableError: As :func:`check_backend`.
     """
+    if (name, device_type) not in _resolved:
+        _resolved[name, device_type] = _resolve(name, device_type)
+    return _resolved[name, device_type]
+
+
+def _resolve(name: str, device_type: str) -> str:
     if name != 'auto':
         check_backend(name, device_type)
         return name
@@ -120,7 +133,7 @@ def selective_scan(u: Tensor,
         D: Skip, (G * d,).
         delta_bias: (G * d,).
         delta_softplus: Whether softplus is applied to delta + delta_bias.
-        backend: 'auto', 'reference', 'blocked' or 'mamba_ssm'.
+        backend: 'auto', 'reference', 'blocked', 'mamba_ssm' or 'triton'.
 
     Returns:
         y of shape (batch, G * d, L) in u's dtype. Any memory layout may come in or out.

@@ -138,7 +138,7 @@ def test_auto_takes_blocked_on_cpu():
 
 
 def test_unknown_backend_lists_the_legal_ones():
-    with pytest.raises(ValueError, match='unknown scan backend .*reference, blocked, mamba_ssm'):
+    with pytest.raises(ValueError, match='unknown scan .*reference, blocked, mamba_ssm, triton'):
         selective_scan(**make_inputs(length=4), backend='cuda')
 
 

@@ -1,0 +1,250 @@
+"""The Triton backend. On a machine without a GPU, the tests that run kernels are run by one
+subprocess in Triton's interpreter, and the kernels are compiled for two GPUs."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_selective_scan import DEVICE, NAMES, make_inputs, relative, run
+
+from mmgroupmamba.ops import scan_triton, selective_scan
+from mmgroupmamba.ops.scan_triton import Tile, tile_sizes, why_not
+
+runs = pytest.mark.skipif(why_not(DEVICE) is not None, reason='no GPU and not interpreted')
+compiles = pytest.mark.skipif(why_not('cuda') is not None or 'TRITON_INTERPRET' in os.environ,
+                              reason='no Triton, or interpreted')
+
+
+@pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
+                    reason='the kernels run in this process, or there is no Triton')
+def test_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__],
+        env=dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1'), capture_output=True,
+        text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert int(re.search(r'(\d+) passed', result.stdout)[1]) > 15, result.stdout
+
+
+def check(inputs, softplus=True, tolerance=1e-6):
+    exact = {k: v if v is None else v.detach().double().requires_grad_()
+             for k, v in inputs.items()}
+    y, grads = run(inputs, 'triton', delta_softplus=softplus)
+    want, want_grads = run(exact, 'reference', delta_softplus=softplus)
+    assert y.dtype == inputs['u'].dtype and relative(y, want) < tolerance
+    present = [k for k in NAMES if inputs[k] is not None]
+    for name, got, expected in zip(present, grads, want_grads):
+        assert got.shape == inputs[name].shape and got.dtype == inputs[name].dtype
+        assert torch.isfinite(got).all() and relative(got, expected) < 2 * tolerance, name
+
+
+@runs
+@pytest.mark.parametrize('length, dim, states, groups, absent, softplus, channels_last', [
+    (1, 5, 1, 1, (), True, False),
+    (1, 16, 2, 4, ('D', ), True, True),
+    (7, 16, 3, 1, ('delta_bias', ), True, True),
+    (63, 5, 2, 1, ('D', 'delta_bias'), False, False),
+    (65, 87, 1, 1, (), True, True),
+    (130, 5, 1, 1, (), False, True),
+    (9, 5, 6, 1, (), True, True),  # two slices of the states
+])
+def test_equals_reference(length, dim, states, groups, absent, softplus, channels_last):
+    inputs = make_inputs(2 if length == 7 else 1, groups, dim, length, states)
+    if not softplus:
+        with torch.no_grad():
+            inputs['delta'].abs_()
+            inputs['delta_bias'].abs_()
+    if channels_last:
+        for name in ('u', 'delta', 'B', 'C'):
+            inputs[name] = inputs[name].detach().movedim(-1, 1).contiguous().movedim(1, -1)
+            inputs[name].requires_grad_()
+    check(dict(inputs, **dict.fromkeys(absent)), softplus)
+
+
+@runs
+@pytest.mark.parametrize('tile, length, at_once', [
+    (Tile(64, 8, 64, 8), 4096 + 37, 16),  # the second tile is nearly empty
+    (Tile(8, 8, 2, 16), 70, 2),  # five tiles, composed two at once
+])
+def test_many_tiles(monkeypatch, tile, length, at_once):
+    monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: tile)
+    monkeypatch.setattr(scan_triton, '_tiles_at_once', lambda *_: at_once)
+    check(make_inputs(1, 1, 5, length))
+
+
+@runs
+def test_long_sequence_is_exact(monkeypatch):
+    if DEVICE == 'cpu':  # the interpreter's time goes by programs, not by their size
+        monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: Tile(64, 8, 1024, 2))
+    inputs = {k: v.detach() for k, v in make_inputs(1, 1, 2, 70_000).items()}
+    y = selective_scan(**inputs, delta_softplus=True, backend='triton')
+    exact = {k: v.double() for k, v in inputs.items()}
+    want = selective_scan(**exact, delta_softplus=True, backend='blocked')
+    assert torch.isfinite(y).all() and relative(y, want) < 1e-6
+
+
+@runs
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_inside(dtype):
+    check(make_inputs(1, 1, 5, 40, dtype=dtype), tolerance=torch.finfo(dtype).eps / 2)
+
+
+@runs
+def test_extreme_steps():
+    """Steps of 1e-26 to 200 and decays that underflow, one channel each, each one compared."""
+    inputs = make_inputs(1, 1, 5, 20)
+    with torch.no_grad():
+        inputs['delta_bias'].copy_(torch.tensor([-60., -20., 0., 20., 200.]))
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    for case in (inputs, exact):
+        case['D'] = None  # it would hide a step that is lost
+    y, grads = run(inputs, 'triton', delta_softplus=True)
+    want, want_grads = run(exact, 'reference', delta_softplus=True)
+    assert all(torch.isfinite(t).all() for t in (y, *grads))
+    names = [name for name in NAMES if name != 'D']
+    for name, got, expected in (('y', y, want), *zip(names, grads, want_grads)):
+        if name in ('B', 'C'):
+            assert relative(got, expected) < 2e-6, name
+            continue
+        for channel in range(5):
+            one, other = (t.reshape(5, -1)[channel] for t in (got, expected))
+            assert relative(one * 1e20, other * 1e20) < 4e-6, (name, channel)
+
+
+@runs
+def test_same_bits_again():
+    inputs = make_inputs(1, 2, 5, 33)
+    first, second = (run(inputs, 'triton', delta_softplus=True) for _ in range(2))
+    for one, other in zip((first[0], *first[1]), (second[0], *second[1])):
+        assert torch.equal(one, other)
+
+
+@runs
+def test_no_graph_break():
+    inputs = make_inputs(1, 1, 3, 9)
+
+    def scan(*args):
+        return scan_triton.scan(*args, True).sin()
+
+    y = torch.compile(scan, fullgraph=True, backend='aot_eager')(*inputs.values())
+    want = scan(*inputs.values())
+    assert torch.equal(y, want)
+    for one, other in zip(*(torch.autograd.grad(t.sum(), list(inputs.values()))
+                            for t in (y, want))):
+        assert torch.equal(one, other)
+
+
+@runs
+def test_the_operators_are_what_torch_library_is_told():
+    args = tuple(make_inputs(1, 1, 3, 9).values())
+    torch.library.opcheck(scan_triton._forward, (*args, True, True),
+                          test_utils=('test_schema', 'test_autograd_registration',
+                                      'test_faketensor'))
+
+
+@runs
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match="no float64: use backend='blocked'"):
+        run(make_inputs(length=3, dtype=torch.float64), 'triton')
+
+
+def test_why_not(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    assert 'CUDA tensors only, not on cpu; for tests, TRITON_INTERPRET=1' in why_not('cpu')
+    monkeypatch.setitem(sys.modules, 'triton', None)
+    scan_triton._triton_problem.cache_clear()
+    assert 'pip install triton' in why_not('cuda')
+    scan_triton._triton_problem.cache_clear()
+
+
+def test_triton_is_imported_late():
+    code = ("import sys; from mmgroupmamba import ops; ops.available_backends('cpu'); "
+            "assert 'triton' not in sys.modules")
+    env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+
+
+def test_few_tiles():
+    tiles = {tile_sizes(batch, 4, dim, 1, length) for batch in (1, 2, 128)
+             for dim in (5, 16, 32, 87, 112) for length in (1, 49, 196, 3136, 67200)}
+    assert len(tiles) <= 4 and {t.CHUNKS * t.CHANNELS for t in tiles} == {128}
+    assert tile_sizes(2, 4, 16, 1, 67200) == Tile(64, 8, 8, 16)
+
+
+class Recorder:
+    """Stands for a kernel and notes what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append(
+                (self.kernel, dict(zip(self.kernel.arg_names, args), **constants)))
+        return launch
+
+
+def compile_launch(kernel, arguments, arch):
+    """Registers and spilled bytes of a launch on a GPU, specialised as the launch would be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmgroupmamba.ops import scan_triton_kernels
+
+    types = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        at_run_time = name in scan_triton_kernels.RUNTIME
+        if isinstance(value, torch.Tensor):
+            signature[name] = types[value.dtype]
+            attributes[(i, )] = [['tt.divisibility', 16]]
+        elif name.isupper() or value is None or value == 1 and not at_run_time:
+            signature[name] = 'constexpr'
+            constants[name] = value
+        else:
+            signature[name] = 'i32'
+            if value % 16 == 0 and not at_run_time:
+                attributes[(i, )] = [['tt.divisibility', 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
+                              target=GPUTarget('cuda', arch, 32), options=dict(num_warps=4))
+    ptx = compiled.asm['ptx']
+    target = re.search(r'\.target (\w+)', ptx)[1]
+    log = subprocess.run(
+        [triton.knobs.nvidia.ptxas.path, '-v', f'--gpu-name={target}', '/dev/stdin', '-o',
+         '/dev/null'], input=ptx, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r'(\d+) bytes spill stores, (\d+) bytes spill loads', log)
+    return int(re.search(r'Used (\d+) registers', log)[1]), int(spills[1]) + int(spills[2])
+
+
+@compiles
+@pytest.mark.parametrize('arch', [80, 90])
+@pytest.mark.parametrize('tile, states, dtype', [
+    (Tile(64, 8, 8, 16), 1, torch.bfloat16),
+    (Tile(16, 8, 4, 32), 1, torch.float32),
+])
+def test_compiles_without_spills(monkeypatch, tile, states, dtype, arch):
+    from mmgroupmamba.ops import scan_triton_kernels
+
+    launches = []
+    for name in ('summary_kernel', 'forward_kernel', 'backward_kernel'):
+        kernel = getattr(scan_triton_kernels, name)
+        monkeypatch.setattr(scan_triton_kernels, name, Recorder(kernel, launches))
+    monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: tile)
+    monkeypatch.setattr(scan_triton, '_tiles_at_once', lambda *_: 64)
+    tensors = [v.detach().cpu() for v in make_inputs(1, 4, 16, 9, states).values()]
+    u, delta, A, B, C, D, bias = tensors
+    u, delta, B, C = (t.to(dtype).movedim(-1, 1).contiguous().movedim(1, -1)
+                      for t in (u, delta, B, C))
+    y, entry = scan_triton._forward(u, delta, A, B, C, D, bias, True, True)
+    scan_triton._backward(y, u, delta, A, B, C, D, bias, entry, True)
+    assert [kernel.__name__ for kernel, _ in launches] == [
+        'summary_kernel', 'forward_kernel', 'summary_kernel', 'backward_kernel']
+    for kernel, arguments in launches:
+        registers, spilled = compile_launch(kernel, arguments, arch)
+        print(f'sm_{arch} {tile} N={states} {dtype} {kernel.__name__}: {registers} registers')
+        assert spilled == 0, kernel.__name__
