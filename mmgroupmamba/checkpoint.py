@@ -11,7 +11,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import nullcontext
 from itertools import count
-from typing import Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import numpy as np
 import torch
@@ -145,15 +145,33 @@ def use_safe_reader() -> None:
 
 
 def _safe_globals() -> list:
-    core = getattr(np, '_core', None) or np.core
+    core = np.core if int(np.__version__.split('.')[0]) < 2 else np._core
     dtypes = {type(np.dtype(t)) for t in (*np.sctypeDict.values(), ) if t is not np.void}
+    aliases = {
+        'yacs.config.CfgNode': _YacsConfig,
+        '__builtin__.getattr': _history_method,
+        'builtins.getattr': _history_method,
+    }
+    for package in ('numpy.core', 'numpy._core'):  # before numpy 2 and since
+        for name in ('_reconstruct', 'scalar'):
+            aliases[f'{package}.multiarray.{name}'] = getattr(core.multiarray, name)
     return [
-        HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype,
-        *dtypes, OrderedDict, defaultdict, (_YacsConfig, 'yacs.config.CfgNode'),
-        (_history_method, '__builtin__.getattr'), (_history_method, 'builtins.getattr'),
-        (core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
-        (core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+        HistoryBuffer, np.ndarray, np.dtype, *dtypes, OrderedDict, defaultdict,
+        *(_alias(target, name) for name, target in aliases.items())
     ]
+
+
+def _alias(target: Callable, name: str) -> Callable:
+    """`target` under the full name that a file gives it; torch's reader goes by names."""
+    module, _, attribute = name.rpartition('.')
+    if isinstance(target, type):
+        return type(attribute, (target, ), dict(__module__=module, __qualname__=attribute))
+
+    def alias(*args: Any) -> Any:
+        return target(*args)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, attribute, attribute
+    return alias
 
 
 def extract_state_dict(checkpoint: dict, path: str = 'checkpoint') -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     elif cfg.default_scope == 'mmdet':
         hook.update(draw=True, test_out_dir=show_dir)
     else:
-        hook.update(draw=True)
+        hook.update(draw=True, interval=1)  # the original mmseg draws one in 50
         if show_dir:
             cfg.visualizer.vis_backends = [dict(type='LocalVisBackend', img_save_dir=show_dir)]
 
