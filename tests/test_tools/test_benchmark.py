@@ -317,7 +317,7 @@ def test_peak_memory():
         one, other = torch.zeros(10**5), torch.zeros(10**5)
         return one + other
 
-    assert measure.peak_memory(step, 'cpu') == pytest.approx(3 * 4 * 10**5, rel=1e-3)
+    assert measure.peak_memory(step, 'cpu') == pytest.approx(3 * 4 * 10**5, rel=0.03)
 
 
 def test_relative_error():
