@@ -109,9 +109,9 @@ def peak_memory(step: Step, device: str) -> int:
     """Bytes that one step allocates at its peak, beyond what was allocated before it.
 
     On CUDA the allocator's own ``max_memory_allocated``. On CPU the peak of the sum of torch's
-    allocations and frees, as torch.profiler records them: repeatable within kilobytes, while a
-    process's RSS counts what malloc keeps and is rounded by it. Memory that oneDNN takes for
-    itself is not seen on CPU.
+    allocations and frees, as torch.profiler records them: exact and repeatable, while a process's
+    RSS counts what malloc keeps and is rounded by it. Memory that oneDNN takes for itself is not
+    seen on CPU.
     """
     if device == 'cuda':
         torch.cuda.synchronize()
@@ -120,7 +120,8 @@ def peak_memory(step: Step, device: str) -> int:
         step(0)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    gc.collect()  # what is freed during the step should be the step's own
+    # garbage of an earlier profile would count as memory that this step gives back
+    gc.collect()
     with _profile(ProfilerActivity.CPU, profile_memory=True) as profiler:
         step(0)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
