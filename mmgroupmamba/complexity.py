@@ -26,6 +26,7 @@ from torch import Tensor
 from mmgroupmamba.launch import LaunchError, replace_sync_bn
 from mmgroupmamba.models import GroupMamba, layers
 from mmgroupmamba.models.groupmamba import MIN_SIZE
+from mmgroupmamba.ops.directional_scan import over_sequences
 
 # (H, W) at which the paper counts a task
 PAPER_SHAPES = {'mmpretrain': (224, 224), 'mmdet': (800, 1280), 'mmseg': (512, 2048)}
@@ -89,10 +90,9 @@ def _(u, delta, A, B, C, D, delta_bias):
     return torch.empty_like(u)
 
 
-def _scan_in_its_place(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                       D: Optional[Tensor] = None, delta_bias: Optional[Tensor] = None,
-                       delta_softplus: bool = False, backend: str = 'auto') -> Tensor:
-    return _counted_scan(u, delta, A, B, C, D, delta_bias)
+def _scan_in_its_place(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                       dt_bias: Tensor, backend: str = 'auto') -> Tensor:
+    return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, lambda *args: _counted_scan(*args[:7]))
 
 
 def _count_scan(inputs: list[Any], outputs: list[Any]) -> Counter:
@@ -106,7 +106,7 @@ def counted_scans() -> Iterator[None]:
 
     No backend runs inside, so one that this machine lacks is counted too.
     """
-    with patch.object(layers, 'selective_scan', _scan_in_its_place):
+    with patch.object(layers, 'directional_scan', _scan_in_its_place):
         yield
 
 

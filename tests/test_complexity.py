@@ -19,7 +19,7 @@ from mmgroupmamba.complexity import (
 )
 from mmgroupmamba.launch import LaunchError
 from mmgroupmamba.models import GroupMamba, layers
-from mmgroupmamba.ops import selective_scan
+from mmgroupmamba.ops import directional_scan
 
 SHAPES = Path(__file__).parents[1] / 'configs/shapes'
 # one block a stage; C, hidden channels of the FFN, dt_rank = ceil(C / 4 / 16), C // 16
@@ -97,7 +97,10 @@ def test_whole_model_by_hand():
     assert list(counted.parts) == [f'stages.{i}' for i in range(4)]
     assert Part(*map(sum, zip(*counted.parts.values()))) == counted.total
     assert sum(counted.layers.values()) == counted.total.flops
-    assert counted.layers['stages.*.blocks.*.mixer.ssm'] == counted.total.scan
+    height, width = SHAPE
+    steps = sum((height >> i + 2) * (width >> i + 2) * channels * rank
+                for i, (channels, _, rank, _) in enumerate(STAGES))
+    assert counted.layers['stages.*.blocks.*.mixer.ssm'] == counted.total.scan + steps
     assert counted.layers['stages.*.blocks.*.ffn.conv'] == sum(
         9 * hidden * (64 >> i + 2) * (96 >> i + 2) for i, (_, hidden, *_) in enumerate(STAGES))
     assert counted.uncounted['aten::silu'] == 8  # two a layer
@@ -126,19 +129,19 @@ def test_model_is_left_as_it_was():
     assert [module.training for module in model.modules()] == training
     assert 'forward' not in vars(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert layers.selective_scan is selective_scan
+    assert layers.directional_scan is directional_scan
 
 
 def test_patch_is_undone_after_an_error():
     model = GroupMamba(ARCH).train()
     with pytest.raises(ValueError, match='32x32'):
         count(model, (16, 64))
-    assert layers.selective_scan is selective_scan
+    assert layers.directional_scan is directional_scan
     assert model.training and model.stages[0].training
     with pytest.raises(KeyError), counted_scans():
-        assert layers.selective_scan is not selective_scan
+        assert layers.directional_scan is not directional_scan
         raise KeyError
-    assert layers.selective_scan is selective_scan
+    assert layers.directional_scan is directional_scan
 
 
 def test_detector_keeps_its_forward(monkeypatch):
@@ -152,7 +155,7 @@ def test_detector_keeps_its_forward(monkeypatch):
     with pytest.raises(RuntimeError, match='in the middle of it'):
         count(model, (64, 64), 'mmdet')
     assert 'forward' not in vars(model)
-    assert layers.selective_scan is selective_scan
+    assert layers.directional_scan is directional_scan
 
 
 def test_no_weights_are_read_and_no_teacher_is_built(monkeypatch):

@@ -36,9 +36,7 @@ from mmgroupmamba.models.layers import GROUPS, ModulatedGroupMamba, init_weights
 from mmgroupmamba.ops import (
     DIRECTIONS,
     available_backends,
-    from_sequences,
     selective_scan,
-    to_sequences,
 )
 
 SUBJECTS = {
@@ -82,8 +80,7 @@ class Scan(nn.Module):
         self.core = mixer
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.core.ssm.scan(to_sequences(x.unflatten(-1, (GROUPS, -1))))
-        return from_sequences(y, *x.shape[1:3]).flatten(-2)
+        return self.core.ssm.scan(x).flatten(-2)
 
 
 class Classifier(nn.Module):

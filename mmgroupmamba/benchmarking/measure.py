@@ -182,20 +182,21 @@ def count_work(model: nn.Module, x: Tensor, itemsize: int) -> Work:
         nonlocal elements
         elements += _elements(args) + _elements(output)
 
-    def counted_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *args,
-                     **kwargs) -> Tensor:
+    def counted_scan(*args, **kwargs) -> Tensor:
         nonlocal elements, flops
-        y = scan(u, delta, A, B, C, *args, **kwargs)
-        elements += _elements((u, delta, A, B, C, y))
-        flops += scan_flops(u.shape[0], u.shape[2], u.shape[1], A.shape[1])
+        y = scan(*args, **kwargs)
+        elements += _elements((args, y))
+        batch, height, width = y.shape[:3]
+        channels, states = args[3].shape  # of A
+        flops += scan_flops(batch, height * width, channels, states)
         return y
 
-    scan = layers.selective_scan
+    scan = layers.directional_scan
     handles = [module.register_forward_hook(hook) for module in model.modules()
                if not list(module.children()) and list(module.parameters())]
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), patch.object(layers, 'selective_scan', counted_scan), counter:
+        with torch.no_grad(), patch.object(layers, 'directional_scan', counted_scan), counter:
             model(x)
     finally:
         for handle in handles:

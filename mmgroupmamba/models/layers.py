@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from mmgroupmamba.ops import DIRECTIONS, from_sequences, selective_scan, to_sequences
+from mmgroupmamba.ops import DIRECTIONS, directional_scan, grouped_linear
 
 GROUPS = len(DIRECTIONS)
 
@@ -42,10 +42,7 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(GROUPS, out_channels, in_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # a grouped 1x1 convolution over channels-last tokens: no copy in, no copy out
-        tokens = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        y = F.conv2d(tokens, self.weight.flatten(0, 1)[..., None, None], groups=GROUPS)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return grouped_linear(x, self.weight)
 
 
 class GroupedLayerNorm(nn.Module):
@@ -110,32 +107,22 @@ class GroupedSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        height, width = x.shape[1:3]
         gate = F.silu(self.gate_proj(x))
         x = F.silu(self.conv(self.in_proj(x)))
-        y = self.scan(to_sequences(x.unflatten(-1, (GROUPS, -1))))
-        y = self.norm(from_sequences(y, height, width)).flatten(-2)
+        y = self.norm(self.scan(x)).flatten(-2)
         return self.out_proj(y.to(x.dtype) * gate)
 
     def scan(self, x: Tensor) -> Tensor:
-        """Scan sequences (B, L, 4, d) with their input-dependent step, B and C; float32."""
-        x_dbl = self.x_proj(x.flatten(2)).unflatten(-1, (GROUPS, -1))
-        dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = self.dt_proj(dt.flatten(2))
-
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        u, delta, B, C = (t.to(dtype) for t in (x.flatten(2), delta, B, C))
-        y = selective_scan(
-            u.transpose(1, 2),  # (B, C, L)
-            delta.transpose(1, 2),
-            -torch.exp(self.A_log.to(dtype)),
-            B.permute(0, 2, 3, 1),  # (B, 4, N, L)
-            C.permute(0, 2, 3, 1),
-            self.D.to(dtype),
-            self.dt_bias.to(dtype),
-            delta_softplus=True,
+        """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32.
+        """
+        return directional_scan(
+            x.unflatten(-1, (GROUPS, -1)),
+            self.x_proj(x).unflatten(-1, (GROUPS, -1)),  # (B, H, W, 4, R + 2N)
+            self.dt_proj.weight,
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            self.D,
+            self.dt_bias,
             backend=self.scan_backend)
-        return y.transpose(1, 2).unflatten(-1, (GROUPS, -1))
 
 
 class ChannelAffinity(nn.Module):

@@ -35,7 +35,8 @@ _modules: dict[str, ModuleType] = {}
 _resolved: dict[tuple[str, str], str] = {}
 
 
-def _backend(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend of the table, imported when it is first asked for."""
     if name not in _modules:
         _modules[name] = import_module(f'.{_BACKENDS[name]}', __package__)
     return _modules[name]
@@ -55,7 +56,7 @@ def available_backends(device_type: Optional[str] = None) -> dict[str, Optional[
         Backend name to None (it runs) or to the reason why not with the remedy.
     """
     device_type = device_type or _default_device()
-    return {name: _backend(name).why_not(device_type) for name in _BACKENDS}
+    return {name: backend_module(name).why_not(device_type) for name in _BACKENDS}
 
 
 def check_backend(name: str, device_type: Optional[str] = None) -> None:
@@ -70,7 +71,7 @@ def check_backend(name: str, device_type: Optional[str] = None) -> None:
     if name not in _BACKENDS:
         raise ValueError(f'unknown scan backend {name!r}: choose one of '
                          f'{", ".join(["auto", *_BACKENDS])}')
-    reason = _backend(name).why_not(device_type or _default_device())
+    reason = backend_module(name).why_not(device_type or _default_device())
     if reason is not None:
         raise BackendUnavailableError(f'scan backend {name!r} cannot run: {reason}')
 
@@ -98,7 +99,7 @@ def _resolve(name: str, device_type: str) -> str:
         check_backend(name, device_type)
         return name
     candidates = _PREFERENCE.get(device_type, ('blocked', ))
-    chosen = next(c for c in candidates if _backend(c).why_not(device_type) is None)
+    chosen = next(c for c in candidates if backend_module(c).why_not(device_type) is None)
     print_log(f'selective_scan: auto takes {chosen!r} on {device_type}', logger='current')
     return chosen
 
@@ -144,7 +145,7 @@ def selective_scan(u: Tensor,
     """
     _check(u, delta, A, B, C, D, delta_bias)
     name = resolve_backend(backend, u.device.type)
-    return _backend(name).scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    return backend_module(name).scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmgroupmamba.checkpoint import load_backbone, load_model
 from mmgroupmamba.launch import LaunchError, OptionAction, Parser, load_config, run_tool
 from mmgroupmamba.models.layers import GroupedSSM
-from mmgroupmamba.ops import DIRECTIONS, from_sequences, to_sequences
+from mmgroupmamba.ops import DIRECTIONS, to_sequences
 from mmgroupmamba.registry import MODELS
 
 
@@ -66,13 +66,13 @@ def scan_paths(height: int, width: int) -> Tensor:
 
 @contextmanager
 def recorded_scan(ssm: GroupedSSM) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record what a layer scans: pairs (u, y) of sequences (B, L, 4, d)."""
+    """Record what a layer scans: pairs of maps (x, y), (B, H, W, C) and (B, H, W, 4, d)."""
     records: list[tuple[Tensor, Tensor]] = []
     scan = ssm.scan
 
-    def record(u: Tensor) -> Tensor:
-        y = scan(u)
-        records.append((u, y))
+    def record(x: Tensor) -> Tensor:
+        y = scan(x)
+        records.append((x, y))
         return y
 
     ssm.scan = record
@@ -98,11 +98,9 @@ def state_response(backbone: nn.Module, inputs: Tensor, stage: int, block: int) 
     ssm = backbone.stages[stage - 1].blocks[block - 1].mixer.ssm
     with recorded_scan(ssm) as records:
         backbone(inputs)
-    u, y = records[0]
-    states = (y - ssm.D.view(len(DIRECTIONS), -1) * u).abs().mean(-1, keepdim=True)
-    stride = 2**(stage + 1)
-    height, width = (-(-side // stride) for side in inputs.shape[-2:])
-    return from_sequences(states, height, width)[0, ..., 0].permute(2, 0, 1)
+    x, y = records[0]
+    states = y - ssm.D.view(len(DIRECTIONS), -1) * x.unflatten(-1, (len(DIRECTIONS), -1))
+    return states.abs().mean(-1)[0].permute(2, 0, 1)
 
 
 def build(cfg: Config, checkpoint: Optional[str]) -> nn.Module:

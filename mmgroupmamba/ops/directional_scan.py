@@ -1,0 +1,117 @@
+"""The four-direction scan of a map: shapes, checks, the definition, and where a backend has better.
+
+The definition lays each group out as a sequence along its direction and calls
+:func:`~.selective_scan`. A backend that reads the map in its directions by itself, or wants other
+memory, has a function ``directional_scan`` besides ``scan``.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .directions import DIRECTIONS, from_sequences, to_sequences
+from .selective_scan import backend_module, resolve_backend
+
+_GROUPS = len(DIRECTIONS)
+
+
+def directional_scan(x: Tensor,
+                     x_dbl: Tensor,
+                     dt_weight: Tensor,
+                     A: Tensor,
+                     D: Tensor,
+                     dt_bias: Tensor,
+                     backend: str = 'auto') -> Tensor:
+    r"""Selective scan of a map, group g along ``DIRECTIONS[g]``, its step low-rank.
+
+    With :math:`(r_t, B_t, C_t)` the R + 2N values of ``x_dbl`` at token t of a group and
+    :math:`\Delta_t = \mathrm{softplus}(W r_t + \mathrm{bias})`, each group is the scan of
+    :func:`~.selective_scan` (GroupMamba, equations 1 to 4; ``cross_selective_scan`` in the official
+    ``classification/models/ss2d.py``). Step and scan are float32 inside, float64 for float64 input,
+    whatever autocast says.
+
+    Args:
+        x: Map (batch, H, W, 4, d), floating.
+        x_dbl: Step, B and C of each token and group, (batch, H, W, 4, R + 2N).
+        dt_weight: W, (4, d, R).
+        A: State matrix, negative in practice, (4 * d, N).
+        D: Skip, (4 * d,).
+        dt_bias: (4 * d,).
+        backend: As in :func:`~.selective_scan`.
+
+    Returns:
+        y (batch, H, W, 4, d), float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
+        BackendUnavailableError: The backend asked for by name cannot run on this device.
+    """
+    _check(x, x_dbl, dt_weight, A, D, dt_bias)
+    module = backend_module(resolve_backend(backend, x.device.type))
+    own = getattr(module, 'directional_scan', None)
+    if own is not None:
+        return own(x, x_dbl, dt_weight, A, D, dt_bias)
+    return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, module.scan)
+
+
+def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                   dt_bias: Tensor, scan: Callable[..., Tensor]) -> Tensor:
+    """The definition: unroll, project the step, scan, roll back; shapes as at the door.
+
+    Args:
+        scan: As a backend's, (u, delta, A, B, C, D, delta_bias, delta_softplus) -> y.
+    """
+    height, width = x.shape[1:3]
+    states, rank = A.shape[1], dt_weight.shape[2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x, x_dbl, dt_weight, A, D, dt_bias = (
+            t.to(dtype) for t in (x, x_dbl, dt_weight, A, D, dt_bias))
+        u = to_sequences(x).flatten(2)  # (batch, L, C)
+        dt, B, C = to_sequences(x_dbl).split([rank, states, states], dim=-1)
+        y = scan(
+            u.transpose(1, 2),  # (batch, C, L)
+            grouped_linear(dt.flatten(2), dt_weight).transpose(1, 2),
+            A,
+            B.permute(0, 2, 3, 1),  # (batch, 4, N, L)
+            C.permute(0, 2, 3, 1),
+            D,
+            dt_bias,
+            True)
+    return from_sequences(y.transpose(1, 2).unflatten(2, (_GROUPS, -1)), height, width)
+
+
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """One linear map for each group of channels: (..., G * in), (G, out, in) -> (..., G * out)."""
+    # a grouped 1x1 convolution over channels-last tokens: no copy in, no copy out
+    tokens = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(tokens, weight.flatten(0, 1)[..., None, None], groups=weight.shape[0])
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+           dt_bias: Tensor) -> None:
+    if x.dim() != 5 or x.shape[3] != _GROUPS or 0 in x.shape:
+        raise ValueError('directional_scan: x must be (batch, H, W, 4, d) and not empty, got '
+                         f'{tuple(x.shape)}')
+    if dt_weight.dim() != 3 or A.dim() != 2:
+        raise ValueError('directional_scan: dt_weight must be (4, d, R) and A (4 * d, N), got '
+                         f'{tuple(dt_weight.shape)} and {tuple(A.shape)}')
+    channels = _GROUPS * x.shape[4]
+    rank, states = dt_weight.shape[2], A.shape[1]
+    expected = dict(
+        x_dbl=(x_dbl, (*x.shape[:4], rank + 2 * states)),
+        dt_weight=(dt_weight, (_GROUPS, x.shape[4], rank)),
+        A=(A, (channels, states)),
+        D=(D, (channels, )),
+        dt_bias=(dt_bias, (channels, )))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or 0 in shape:
+            raise ValueError(f'directional_scan: {name} must be {shape} and not empty, got '
+                             f'{tuple(tensor.shape)}')
+        if tensor.device != x.device:
+            raise ValueError(f'directional_scan: {name} is on {tensor.device}, x on {x.device}')
+    for name, tensor in dict(x=x, **{k: v[0] for k, v in expected.items()}).items():
+        if not tensor.is_floating_point():
+            raise ValueError(f'directional_scan: {name} must be real floating, got {tensor.dtype}')

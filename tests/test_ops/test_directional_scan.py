@@ -1,0 +1,124 @@
+"""The scan of a map: every backend against loops over its cells, outputs and every gradient."""
+import pytest
+import torch
+from test_directions import walk
+from test_selective_scan import DEVICE, FAST, relative
+
+from mmgroupmamba.ops import DIRECTIONS, directional_scan, selective_scan
+
+NAMES = ('x', 'x_dbl', 'dt_weight', 'A', 'D', 'dt_bias')
+
+
+def make_inputs(batch=2, height=3, width=5, dim=6, rank=2, states=1, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = dict(
+        x=randn(batch, height, width, 4, dim),
+        x_dbl=randn(batch, height, width, 4, rank + 2 * states),
+        dt_weight=randn(4, dim, rank),
+        A=-torch.exp(randn(4 * dim, states)),
+        D=randn(4 * dim),
+        dt_bias=randn(4 * dim) - 1)
+    return {k: v.to(DEVICE, dtype).requires_grad_() for k, v in inputs.items()}
+
+
+def by_cells(x, x_dbl, dt_weight, A, D, dt_bias):
+    """Token after token, as a person would walk the map."""
+    height, width, _, dim = x.shape[1:]
+    rank, states = dt_weight.shape[2], A.shape[1]
+    y = torch.zeros_like(x)
+    for g, direction in enumerate(DIRECTIONS):
+        own = slice(g * dim, (g + 1) * dim)
+        cells = walk(height, width, direction)
+        dt, B, C = torch.stack([x_dbl[:, h, w, g] for h, w in cells], -1).split(
+            [rank, states, states], 1)  # (batch, ., L)
+        u = torch.stack([x[:, h, w, g] for h, w in cells], -1)
+        out = selective_scan(u, dt_weight[g] @ dt, A[own], B[:, None], C[:, None], D[own],
+                             dt_bias[own], delta_softplus=True, backend='reference')
+        for i, (h, w) in enumerate(cells):
+            y = y.index_put((torch.arange(len(x)), torch.tensor(h), torch.tensor(w),
+                             torch.tensor(g)), out[..., i])
+    return y
+
+
+def run(function, inputs, **kwargs):
+    y = function(**inputs, **kwargs)
+    cotangent = torch.cos(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
+    return y.detach(), torch.autograd.grad(y, list(inputs.values()), cotangent)
+
+
+def check(inputs, backend, tolerance=1e-6):
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    y, grads = run(directional_scan, inputs, backend=backend)
+    want, want_grads = run(by_cells, exact)
+    assert y.dtype == torch.float32 and relative(y, want) < tolerance
+    for name, got, expected in zip(NAMES, grads, want_grads):
+        assert got.shape == inputs[name].shape and got.dtype == inputs[name].dtype
+        assert relative(got, expected) < 2 * tolerance, name
+
+
+@pytest.mark.parametrize('backend', ['reference', *FAST])
+@pytest.mark.parametrize('height, width', [(1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (9, 7)])
+def test_walks_each_group_in_its_direction(backend, height, width):
+    check(make_inputs(height=height, width=width), backend)
+
+
+@pytest.mark.parametrize('backend', ['reference', *FAST])
+@pytest.mark.parametrize('dim, rank, states', [(1, 1, 1), (4, 1, 3), (87, 6, 1), (16, 3, 2)])
+def test_any_number_of_channels_ranks_and_states(backend, dim, rank, states):
+    check(make_inputs(1, 4, 6, dim, rank, states), backend)
+
+
+@pytest.mark.parametrize('backend', ['reference', *FAST])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_inside(backend, dtype):
+    inputs = make_inputs(dtype=dtype)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        check(inputs, backend, tolerance=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize('backend', ['reference', *FAST])
+@pytest.mark.parametrize('bias', [-60., 0., 200.])
+def test_extreme_steps_stay_finite(backend, bias):
+    inputs = make_inputs()
+    with torch.no_grad():
+        inputs['dt_bias'].fill_(bias)
+    y, grads = run(directional_scan, inputs, backend=backend)
+    for tensor in (y, *grads):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize('backend', ['reference', *FAST])
+def test_parts_of_larger_maps(backend):
+    """Views with strides of their own, as a split and a permuted map have."""
+    inputs = make_inputs()
+    views = {k: v.detach() for k, v in inputs.items()}
+    views['x'] = torch.stack([views['x'], torch.full_like(views['x'], 1e9)], -1)[..., 0]
+    views['x_dbl'] = views['x_dbl'].permute(3, 4, 0, 2, 1).contiguous().permute(2, 4, 3, 0, 1)
+    views = {k: v.requires_grad_() for k, v in views.items()}
+    y, grads = run(directional_scan, views, backend=backend)
+    want, want_grads = run(directional_scan, inputs, backend=backend)
+    for got, expected in zip((y, *grads), (want, *want_grads)):
+        assert relative(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize('name, shape', [
+    ('x', (2, 3, 5, 24)), ('x', (2, 3, 5, 3, 6)), ('x', (2, 0, 5, 4, 6)),
+    ('x_dbl', (2, 3, 5, 4, 5)), ('x_dbl', (2, 5, 3, 4, 4)), ('dt_weight', (4, 2, 6)),
+    ('dt_weight', (24, 2)), ('A', (24, )), ('A', (24, 2)), ('D', (6, )), ('dt_bias', (24, 1)),
+])
+def test_wrong_shape_is_named(name, shape):
+    inputs = make_inputs()
+    inputs[name] = torch.zeros(shape, device=DEVICE)
+    with pytest.raises(ValueError, match='directional_scan: '):
+        directional_scan(**inputs)
+
+
+def test_wrong_dtype_is_named():
+    inputs = make_inputs()
+    inputs['D'] = inputs['D'].detach().long()
+    with pytest.raises(ValueError, match='D must be real floating'):
+        directional_scan(**inputs)
