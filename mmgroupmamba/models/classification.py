@@ -97,6 +97,8 @@ class DistilledLinearHead(LinearClsHead):
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Average of the two, (B, num_classes)."""
+        if self.dist_fc is None:  # folded into fc by mmgroupmamba.models.fuse
+            return self.fc(self.pre_logits(feats))
         score, dist_score = self.logits(feats)
         return (score + dist_score) / 2
 

@@ -48,6 +48,8 @@ def directional_scan(x: Tensor,
         BackendUnavailableError: The backend asked for by name cannot run on this device.
     """
     _check(x, x_dbl, dt_weight, A, D, dt_bias)
+    if x.shape[1:3] == (1, 1) and not torch.is_grad_enabled():
+        return one_token(x, x_dbl, dt_weight, D, dt_bias)
     module = backend_module(resolve_backend(backend, x.device.type))
     own = getattr(module, 'directional_scan', None)
     if own is not None:
@@ -82,12 +84,27 @@ def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Te
     return from_sequences(y.transpose(1, 2).unflatten(2, (_GROUPS, -1)), height, width)
 
 
+def one_token(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """The scan of a map of one pixel, such as the class token: no state enters, nothing to unroll.
+
+    From h = delta x B and y = <C, h> + D x, y = (delta <B, C> + D) x; shapes as at the door. For
+    inference: A has no part in it and would be left without a gradient.
+    """
+    states = (x_dbl.shape[-1] - dt_weight.shape[2]) // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x, x_dbl, dt_weight, D, dt_bias = (t.to(dtype) for t in (x, x_dbl, dt_weight, D, dt_bias))
+        dt, B, C = x_dbl.split([dt_weight.shape[2], states, states], dim=-1)
+        delta = grouped_linear(dt.flatten(3), dt_weight).unflatten(-1, x.shape[3:])
+        delta = F.softplus(delta + dt_bias.view(x.shape[3:]))
+        return (delta * (B * C).sum(-1, keepdim=True) + D.view(x.shape[3:])) * x
+
+
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     """One linear map for each group of channels: (..., G * in), (G, out, in) -> (..., G * out)."""
-    # a grouped 1x1 convolution over channels-last tokens: no copy in, no copy out
-    tokens = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(tokens, weight.flatten(0, 1)[..., None, None], groups=weight.shape[0])
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    tokens = x.reshape(-1, weight.shape[0], weight.shape[2]).transpose(0, 1)  # (G, tokens, in)
+    y = torch.bmm(tokens, weight.transpose(1, 2))
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
 def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,

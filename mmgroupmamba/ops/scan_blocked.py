@@ -1,19 +1,19 @@
-"""The scan in plain PyTorch on any device: two levels, O(sqrt(L)) sequential steps.
+"""The scan in plain PyTorch on any device: O(log L) steps, each over all channels at once.
 
-A sequence is cut into K chunks of T tokens. All chunks run side by side from a zero state
-(T steps, each one operation over all chunks), the states at the chunk ends are carried from
-chunk to chunk (K steps), and what enters a chunk reaches each of its tokens through the product
-of the decays on the way: values in (0, 1], multiplied, never logarithms subtracted, so nothing
-overflows. The backward is the same recurrence read from the end.
+A recurrence over L tokens becomes one over L / 2: every second token takes in the token before it,
+the recurrence runs over these pairs, and what enters a token between two pairs is added last (the
+work-efficient parallel scan of Brent and Kung, 1982; Blelloch, 1990). Decays are values in (0, 1],
+multiplied, never logarithms subtracted, so nothing overflows. The backward is the same recurrence
+read from the end.
+
+Forward and backward are operators of torch.library: torch.compile puts one node for each into its
+graph, whatever L is.
 """
-import math
-from itertools import pairwise
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def why_not(device_type: str) -> Optional[str]:
@@ -27,98 +27,125 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     dtype = torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
         x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+        D = D if D is None else D.to(dtype)
         if delta_bias is not None:
             delta = delta + delta_bias.to(dtype)[:, None]
         if delta_softplus:
             delta = F.softplus(delta)
-        y = _BlockedScan.apply(x, delta, A, B, C)
-        if D is not None:
-            y = torch.addcmul(y, x, D.to(dtype)[:, None])
-    return y.to(u.dtype)
+        return _forward(x, delta, A, B, C, D).to(u.dtype)
 
 
-def _recurrence(decay: Tensor, drive: Tensor, reverse: bool = False) -> None:
-    """``h[t] = decay[t] * h[t - 1] + drive[t]`` along dim 1 (t + 1 when reversed), in place.
+def _recurrence(decay: Tensor, h: Tensor, reverse: bool = False) -> None:
+    """``h[t] += decay[t] * h[t - 1]`` along dim 1 (t + 1 when reversed), in place.
 
     Args:
-        decay: (batch, L, S), contiguous; overwritten with cumulative products.
-        drive: (batch, L, S), contiguous; overwritten with h.
+        decay: (batch, L, S); overwritten.
+        h: (batch, L, S), the drives; overwritten with the states.
         reverse: Run from the last token to the first.
     """
-    length = drive.shape[1]
-    # L = K * T + rest; the rest is a shorter last chunk, run after (or before) the others
-    chunk = max(1, math.isqrt(length))
-    whole = length - length % chunk
-    parts = [tuple(t[:, :whole].unflatten(1, (-1, chunk)) for t in (decay, drive))]
-    if whole < length:
-        parts.append((decay[:, None, whole:], drive[:, None, whole:]))
+    length = h.shape[1]
+    if length == 1:
+        return
+    odd = length % 2
     if reverse:
-        parts.reverse()
-
-    entering = None  # the state that enters the next part, (batch, S)
-    for a, h in parts:  # (batch, K, T, S)
-        tokens = range(h.shape[2])
-        chunks = range(h.shape[1])
-        if reverse:
-            tokens, chunks = tokens[::-1], chunks[::-1]
-        a_t, h_t = a.unbind(2), h.unbind(2)
-        for before, now in pairwise(tokens):
-            h_t[now].addcmul_(a_t[now], h_t[before])
-            a_t[now].mul_(a_t[before])
-
-        total, final = a_t[tokens[-1]], h_t[tokens[-1]]  # (batch, K, S)
-        if entering is not None:
-            h[:, chunks[0]].addcmul_(a[:, chunks[0]], entering[:, None])
-        for before, now in pairwise(chunks):
-            final[:, now].addcmul_(total[:, now], final[:, before])
-        entering = final[:, chunks[-1]]
-        inner, later, earlier = slice(None, -1), slice(1, None), slice(None, -1)
-        if reverse:
-            inner, later, earlier = slice(1, None), slice(None, -1), slice(1, None)
-        h[:, later, inner].addcmul_(a[:, later, inner], final[:, earlier, None])
+        # counted from the end, so that the last token has nothing before it
+        second, first = slice(odd, length - 1, 2), slice(odd + 1, None, 2)
+        between, before = slice(1 - odd, length - 2, 2), slice(2 - odd, length - 1, 2)
+    else:
+        second, first = slice(1, None, 2), slice(0, length - 1, 2)
+        between, before = slice(2, None, 2), slice(1, length - 1, 2)
+    decays, states = decay[:, second], h[:, second]
+    states.addcmul_(decays, h[:, first])
+    decays.mul_(decay[:, first])
+    _recurrence(decays, states, reverse)
+    h[:, between].addcmul_(decay[:, between], h[:, before])
 
 
-class _BlockedScan(torch.autograd.Function):
-    """``y = C h`` with ``h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t``, shapes as at the door.
+@torch.library.custom_op('mmgroupmamba::blocked_scan', mutates_args=())
+def _forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+             D: Optional[Tensor]) -> Tensor:
+    """``y = C h + D x`` with ``h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t``.
 
-    Inside, states are (batch, L, G, d, N), so that one token's channels are contiguous. The
-    backward recomputes them: only the inputs are kept.
+    Shapes as at the door, y (batch, channels, L) laid out as (batch, L, channels). Inside, states
+    are (batch, L, G, d, N), so that one token's channels are contiguous. The backward recomputes
+    them: only the inputs are kept.
     """
+    x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
+    decay, h = _drives(x, delta, A, B)
+    _recurrence(decay.flatten(2), h.flatten(2))
+    y = _dot(h, C, -1)
+    if D is not None:
+        y.addcmul_(x, D.view(x.shape[2:]))
+    return y.flatten(2).transpose(1, 2)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        ctx.save_for_backward(x, delta, A, B, C)
-        x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
-        h, _ = _states(x, delta, A, B)
-        return _dot(h, C, -1).flatten(2).transpose(1, 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, ...]:
-        x, delta, A, B, C = _tokens_first(*ctx.saved_tensors)
-        grad_y = grad_y.transpose(1, 2).reshape(x.shape)
-        h, decay = _states(x, delta, A, B)
-        grad_C = _dot(h, grad_y, 3)
+@_forward.register_fake
+def _(x, delta, A, B, C, D):
+    return _channels_last(x)
 
-        # g_t = dL/dh_t = grad_y_t C_t + decay_{t+1} g_{t+1}
-        grad_h = (grad_y[..., None] * C).contiguous()
-        _recurrence(F.pad(decay[:, 1:].flatten(2), (0, 0, 0, 1)), grad_h.flatten(2), reverse=True)
-        grad_B = _dot(grad_h, delta * x, 3)
-        grad_input = _dot(grad_h, B, -1)  # of delta * x, (batch, L, G, d)
 
-        # decay_t h_{t-1} g_t: what the exponent delta_t A receives
-        exponent = grad_h.mul_(decay)
-        exponent[:, 1:].mul_(h[:, :-1])
-        exponent[:, 0].zero_()
-        grad_delta = torch.addcmul(_dot(exponent, A, -1), grad_input, x)
-        grad_A = (exponent * delta[..., None]).sum((0, 1))
-        return (
-            (grad_input * delta).flatten(2).transpose(1, 2),
-            grad_delta.flatten(2).transpose(1, 2),
-            grad_A.flatten(0, 1),
-            grad_B.permute(0, 2, 3, 1),
-            grad_C.permute(0, 2, 3, 1),
-        )
+@torch.library.custom_op('mmgroupmamba::blocked_scan_backward', mutates_args=())
+def _backward(grad_y: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+              D: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, delta, A, B, C and D; the last is of no meaning where D is None."""
+    x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
+    grad_y = grad_y.transpose(1, 2).reshape(x.shape)
+    decay, h = _drives(x, delta, A, B)
+    _recurrence(decay.flatten(2).clone(), h.flatten(2))
+    grad_C = _dot(h, grad_y, 3)
+
+    # g_t = dL/dh_t = grad_y_t C_t + decay_{t+1} g_{t+1}
+    grad_h = (grad_y[..., None] * C).contiguous()
+    _recurrence(F.pad(decay[:, 1:].flatten(2), (0, 0, 0, 1)), grad_h.flatten(2), reverse=True)
+    grad_B = _dot(grad_h, delta * x, 3)
+    grad_input = _dot(grad_h, B, -1)  # of delta * x, (batch, L, G, d)
+
+    # decay_t h_{t-1} g_t: what the exponent delta_t A receives
+    exponent = grad_h.mul_(decay)
+    exponent[:, 1:].mul_(h[:, :-1])
+    exponent[:, 0].zero_()
+    grad_delta = torch.addcmul(_dot(exponent, A, -1), grad_input, x)
+    grad_A = (exponent * delta[..., None]).sum((0, 1))
+    grad_x = grad_input * delta
+    grad_D = (grad_y * x).sum((0, 1))
+    if D is not None:
+        grad_x.addcmul_(grad_y, D.view(x.shape[2:]))
+    return (
+        grad_x.flatten(2).transpose(1, 2),
+        grad_delta.flatten(2).transpose(1, 2),
+        grad_A.flatten(0, 1),
+        grad_B.permute(0, 2, 3, 1),
+        grad_C.permute(0, 2, 3, 1),
+        grad_D.flatten(),
+    )
+
+
+@_backward.register_fake
+def _(grad_y, x, delta, A, B, C, D):
+    def like(t):  # (batch, G, N, L) with memory (batch, L, G, N)
+        return t.new_empty(t.shape[0], t.shape[3], *t.shape[1:3]).permute(0, 2, 3, 1)
+
+    return (_channels_last(x), _channels_last(x), A.new_empty(A.shape), like(B), like(C),
+            A.new_empty(A.shape[0]))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad_y):
+    inputs = ctx.saved_tensors
+    *grads, grad_D = _backward(grad_y, *inputs)
+    return (*grads, grad_D if inputs[-1] is not None else None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Empty (batch, channels, L) whose memory is (batch, L, channels)."""
+    batch, channels, length = x.shape
+    return x.new_empty(batch, length, channels).transpose(1, 2)
 
 
 def _tokens_first(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
@@ -132,12 +159,10 @@ def _tokens_first(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> 
     )
 
 
-def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """h and the decays exp(delta A), both (batch, L, G, d, N) and contiguous."""
+def _drives(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(delta A) and delta x B, both (batch, L, G, d, N) and contiguous."""
     decay = (delta[..., None] * A).contiguous().exp_()
-    h = ((delta * x)[..., None] * B).contiguous()
-    _recurrence(decay.flatten(2).clone(), h.flatten(2))
-    return h, decay
+    return decay, ((delta * x)[..., None] * B).contiguous()
 
 
 def _dot(states: Tensor, other: Tensor, dim: int) -> Tensor:

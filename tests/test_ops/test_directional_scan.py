@@ -44,15 +44,16 @@ def by_cells(x, x_dbl, dt_weight, A, D, dt_bias):
     return y
 
 
-def run(function, inputs, **kwargs):
-    y = function(**inputs, **kwargs)
+def run(function, inputs, amp=None, **kwargs):
+    with torch.autocast(DEVICE, amp, enabled=amp is not None):
+        y = function(**inputs, **kwargs)
     cotangent = torch.cos(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
     return y.detach(), torch.autograd.grad(y, list(inputs.values()), cotangent)
 
 
-def check(inputs, backend, tolerance=1e-6):
+def check(inputs, backend, tolerance=1e-6, **autocast):
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
-    y, grads = run(directional_scan, inputs, backend=backend)
+    y, grads = run(directional_scan, inputs, backend=backend, **autocast)
     want, want_grads = run(by_cells, exact)
     assert y.dtype == torch.float32 and relative(y, want) < tolerance
     for name, got, expected in zip(NAMES, grads, want_grads):
@@ -75,9 +76,7 @@ def test_any_number_of_channels_ranks_and_states(backend, dim, rank, states):
 @pytest.mark.parametrize('backend', ['reference', *FAST])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_inside(backend, dtype):
-    inputs = make_inputs(dtype=dtype)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        check(inputs, backend, tolerance=torch.finfo(dtype).eps)
+    check(make_inputs(dtype=dtype), backend, tolerance=torch.finfo(dtype).eps, amp=torch.bfloat16)
 
 
 @pytest.mark.parametrize('backend', ['reference', *FAST])
@@ -89,6 +88,15 @@ def test_extreme_steps_stay_finite(backend, bias):
     y, grads = run(directional_scan, inputs, backend=backend)
     for tensor in (y, *grads):
         assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize('states', [1, 3])
+def test_one_token_is_the_scan_of_one(states):
+    inputs = make_inputs(3, 1, 1, states=states)
+    want, grads = run(directional_scan, inputs)
+    assert all(grad is not None for grad in grads)  # A's is zero
+    with torch.no_grad():
+        assert relative(directional_scan(**inputs), want) < 1e-6
 
 
 @pytest.mark.parametrize('backend', ['reference', *FAST])

@@ -1,0 +1,95 @@
+"""Folding for inference: the same outputs, from fewer modules."""
+import pytest
+import torch
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmgroupmamba.models import GroupMamba, fuse
+from mmgroupmamba.models.layers import Block, init_weights
+
+MICRO = dict(
+    stem_hidden_dim=8, embed_dims=(16, 16, 32, 32), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2))
+
+
+@torch.no_grad()
+def stirred(model: nn.Module) -> nn.Module:
+    """No scale 1, no shift 0, no statistics of a fresh model."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_backbone():
+    model = stirred(GroupMamba(MICRO, drop_path_rate=0.2))
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        want = model(image)
+        assert fuse(model.train()) is model
+        got = model(image)
+    assert max(relative(g, w) for g, w in zip(got, want)) < 1e-5
+    assert not any(isinstance(module, _BatchNorm) for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+def test_classifier():
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        import mmgroupmamba.models.classification  # noqa: F401  registers the head
+        model = stirred(MODELS.build(dict(
+            type='ImageClassifier',
+            backbone=dict(type='mmgroupmamba.GroupMamba', arch=MICRO, out_indices=(3, ),
+                          final_norm=False),
+            neck=dict(type='mmgroupmamba.ClassBlockNeck', embed_dim=32),
+            head=dict(type='mmgroupmamba.DistilledLinearHead', num_classes=5, in_channels=32))))
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        want = model.head(model.extract_feat(image))
+        heads = sum(isinstance(module, nn.Linear) for module in model.head.modules())
+        fuse(model)
+        got = model.head(model.extract_feat(image))
+    assert relative(got, want) < 1e-5
+    assert heads == 2 and sum(isinstance(m, nn.Linear) for m in model.head.modules()) == 1
+
+
+def test_segmentor():
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        import mmseg.models  # noqa: F401  registers
+        model = stirred(MODELS.build(dict(
+            type='EncoderDecoder',
+            backbone=dict(type='mmgroupmamba.GroupMamba', arch=MICRO),
+            decode_head=dict(
+                type='UPerHead', in_channels=[16, 16, 32, 32], in_index=[0, 1, 2, 3],
+                pool_scales=(1, 2), channels=16, num_classes=4, norm_cfg=dict(type='BN')))))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        want = model(image, mode='tensor')
+        got = fuse(model)(image, mode='tensor')
+    assert relative(got, want) < 1e-5
+    assert not any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def test_norm_is_folded_not_left():
+    block = stirred(Block(16, 2.).apply(init_weights))
+    x = torch.randn(1, 3, 5, 16)
+    with torch.no_grad():
+        want = block(x)
+        assert relative(fuse(block)(x), want) < 1e-5
+    assert block.norm.weight is None and block.norm.bias is None
+
+
+def test_refused():
+    with pytest.raises(ValueError, match='Linear has no GroupMamba block'):
+        fuse(nn.Linear(3, 4))
+    model = fuse(GroupMamba(MICRO))
+    with pytest.raises(ValueError, match='fused already'):
+        fuse(model)
