@@ -112,7 +112,9 @@ def run(command: list[str], log: Path, label: str) -> float:
             [sys.executable, *command], cwd=ROOT, text=True, errors='replace',
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, 'PYTHONUNBUFFERED': '1',
-                 'OMP_NUM_THREADS': str(CORES // WORKERS)}) as process:
+                 'OMP_NUM_THREADS': str(CORES // WORKERS),
+                 # glibc keeps freed memory for the next step instead of asking for it again
+                 'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30)}) as process:
         try:
             for line in process.stdout:
                 file.write(line)

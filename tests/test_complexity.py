@@ -44,14 +44,15 @@ def by_hand() -> dict[str, int]:
     half = height // 2 * width // 2
     conv = half * 8 * (3 * 7 * 7 + 8 * 3 * 3 + 8 * 3 * 3)  # stem
     batch_norm = 3 * 2 * 8 * half
-    linear = layer_norm = scan = 0
+    bmm = linear = layer_norm = scan = 0
     before = 8
     for i, (channels, hidden, rank, reduced) in enumerate(STAGES):
         tokens = (height >> i + 2) * (width >> i + 2)
         quarter = channels // 4
         conv += tokens * 9 * before * channels  # the stem's last, or downsampling
-        # the layer: four groups of in_proj, gate_proj, depthwise, x_proj, dt_proj, out_proj
-        conv += 4 * tokens * quarter * (quarter + quarter + 9 + rank + 2 + rank + quarter)
+        # the layer: four groups of in_proj, gate_proj, x_proj, dt_proj, out_proj, and depthwise
+        bmm += 4 * tokens * quarter * (quarter + quarter + rank + 2 + rank + quarter)
+        conv += 9 * tokens * channels
         scan += tokens * channels * 10
         linear += 2 * channels * reduced + tokens * channels**2  # affinity and proj
         # feed-forward
@@ -60,7 +61,8 @@ def by_hand() -> dict[str, int]:
         # embed, the layer's own norm twice, ffn, stage; the groups' norm
         layer_norm += tokens * channels * (5 * 5 + 4)
         before = channels
-    return dict(conv=conv, linear=linear, layer_norm=layer_norm, batch_norm=batch_norm, scan=scan)
+    return dict(conv=conv, bmm=bmm, linear=linear, layer_norm=layer_norm, batch_norm=batch_norm,
+                scan=scan)
 
 
 def test_scan_formula():

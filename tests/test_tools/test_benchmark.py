@@ -78,7 +78,7 @@ def run(main, tmp_path, capsys):
         assert main([*NANO, *args, '--json', str(tmp_path / 'out.json')]) == 0
         out = capsys.readouterr().out
         lines = [[cell.strip() for cell in line.strip('|').split('|')]
-                 for line in out.splitlines() if line.startswith('| ')]
+                 for line in out.split('\n\n')[1].splitlines()]
         assert out.count('| subject') == 1  # one table
         rows = [dict(zip(lines[0], line)) for line in lines[2:]]
         return out, rows, json.loads((tmp_path / 'out.json').read_text())
@@ -137,6 +137,20 @@ def test_backbone_rows_and_memory(run):
     weights = 4 * 336_000
     assert peak['forward', 'blocked'] > weights
     assert peak['train-step', 'blocked'] > 4 * weights  # and gradients and two moments
+
+
+def test_fused_row_and_profile(run):
+    out, rows, data = run('--subjects', 'backbone', '--sizes', '32x64', '--fuse', '--profile')
+    assert [(r['pass'], r['what']) for r in rows] == [
+        ('forward', 'blocked'), ('forward', 'blocked fused'), ('forward+backward', 'blocked')]
+    peak = {r['what']: r['launches'] for r in data['results'] if r['pass'] == 'forward'}
+    assert peak['blocked fused'] < peak['blocked']
+    for result in data['results']:
+        assert sum(result['operators'].values()) == pytest.approx(1)
+        assert result['operators']['aten::addmm'] > 0.01
+    shares = [line.split('|')[1:4] for line in out.split('\n\n')[-1].splitlines()[2:]]
+    forward = [float(share) for _, share, subject in shares[:14]]
+    assert forward == sorted(forward, reverse=True) and sum(forward) < 100.5
 
 
 def test_what_does_not_compile_is_left_out(run, monkeypatch):

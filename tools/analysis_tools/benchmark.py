@@ -58,6 +58,7 @@ from mmgroupmamba.benchmarking.contestants import (
     core,
 )
 from mmgroupmamba.launch import LaunchError, Parser, one_line, run_tool
+from mmgroupmamba.models import fuse
 from mmgroupmamba.models.groupmamba import ARCHS, MIN_SIZE
 from mmgroupmamba.ops import available_backends, check_backend
 
@@ -75,6 +76,7 @@ GATE_BATCH = 2
 TOLERANCES = {True: (1e-5, 1e-4), False: (1e-4, 1e-3)}
 STEM_TOLERANCE = 1e-2  # in float32 a ReLU's input near 0 may fall on its other side
 AMP_TOLERANCE = 0.5  # reported, and compared with the official one; this only stops nonsense
+PROFILE_LINES = 14  # operators of each measurement
 LOOP_LIMIT = 2**12  # tokens up to which the reference loop is the gate's truth
 
 
@@ -90,6 +92,7 @@ class Size(NamedTuple):
 class Mode(NamedTuple):
     """How a model is run; the flags add such rows beside the plain one."""
     with_cp: bool = False
+    fused: bool = False
     channels_last: bool = False
     compiled: bool = False
     graph: bool = False
@@ -111,6 +114,8 @@ class Row:
         if weights:
             contestant.load(self.module, weights)
         self.module.to(args.device)
+        if mode.fused:
+            fuse(self.module)
         if mode.channels_last:
             self.module.to(memory_format=torch.channels_last)
         self.subject = subject
@@ -262,7 +267,8 @@ class Truth:
             warnings.simplefilter('ignore')  # of operations without a deterministic kernel
             error = self._compare('output', self.output, self.evaluate(row, self.x), row,
                                   tolerances[0])
-            for name, got in self.differentiate(row, self.x).items():
+            gradients = {} if row.mode.fused else self.differentiate(row, self.x)
+            for name, got in gradients.items():
                 want = self.gradients[name]
                 if want is None:
                     continue
@@ -345,6 +351,8 @@ class Benchmark:
                  for layout in layouts]
         if args.with_cp and isinstance(contestant, Ours) and subject not in OF_A_MAP:
             modes.append(Mode(with_cp=True))
+        if args.fuse and isinstance(contestant, Ours) and subject not in OF_A_MAP:
+            modes.append(Mode(fused=True))
         if args.cuda_graph:
             modes.append(Mode(graph=True))
         return modes
@@ -401,9 +409,11 @@ class Benchmark:
 
     def _time(self, subject: str, size: Size, which: str, rows: list[Row], x: Tensor,
               work: dict[str, measure.Work], errors: dict[str, float]) -> None:
+        args = self.args
         steps, records = {}, {}
         for row in rows:
-            if row.mode.graph and which != 'forward' or row.mode.with_cp and which == 'forward':
+            inference = row.mode.graph or row.mode.fused
+            if inference and which != 'forward' or row.mode.with_cp and which == 'forward':
                 continue
             record = dict(subject=subject, size=str(size), height=size.height, width=size.width,
                           batch=size.batch, pass_=which, what=row.label,
@@ -432,6 +442,9 @@ class Benchmark:
             steps[row.label], records[row.label] = step, record
         if not steps:
             return
+        if args.profile:
+            for label, step in steps.items():
+                records[label]['operators'] = measure.operator_shares(step, args.device)
         times = measure.time_in_turn(steps, self.args.repeats, self.args.device)
         for row in rows:
             row.clear()
@@ -482,6 +495,16 @@ class Benchmark:
             rows.append(cells)
         return markdown_table(header, rows)
 
+    def profile(self) -> str:
+        """The operators' shares of each measurement, the first of each."""
+        rows = []
+        for r in self.results:
+            for name, share in list(r['operators'].items())[:PROFILE_LINES]:
+                rows.append([name, f'{100 * share:.1f}', r['subject'], r['size'], r['pass_'],
+                             r['what']])
+        return markdown_table(['operator', '% of the time of', 'subject', 'size', 'pass', 'what'],
+                              rows)
+
     def report(self) -> str:
         """Machine, table, and what a reader has to know to read it."""
         args = self.args
@@ -508,7 +531,10 @@ class Benchmark:
             f"BatchNorm in eval mode; truth is the reference loop up to {LOOP_LIMIT} tokens, above "
             'it blocked. error: of the output in the precision timed. Peers are not compared; of '
             'mask-rcnn and upernet the backbone is.']
-        return '\n'.join([*lines, *dict.fromkeys(self.notes)])
+        lines += dict.fromkeys(self.notes)
+        if args.profile:
+            lines += ['', self.profile()]
+        return '\n'.join(lines)
 
     def write(self, path: str, command: list[str]) -> None:
         data = dict(
@@ -555,6 +581,8 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
         help='swin-tiny, convnext-tiny, any name of mmpretrain or timm, or FILE.py:FUNCTION')
     add('--baseline', metavar='ROW', help="what ratios are against, such as 'official compiled'")
     add('--with-cp', action='store_true', help='one more row of ours: blocks recomputed')
+    add('--fuse', action='store_true',
+        help='one more row of ours: folded for inference by mmgroupmamba.models.fuse')
     add('--channels-last', action='store_true', help='one more row of each: channels-last images')
     add('--compile', nargs='?', const='default', metavar='MODE',
         choices=['default', 'reduce-overhead', 'max-autotune'],
@@ -564,6 +592,7 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--cudnn-benchmark', action='store_true', help='let cuDNN try its algorithms, for all')
     add('--device', choices=['cpu', 'cuda'],
         default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--profile', action='store_true', help='a second table: the share of each operator')
     add('--threads', type=positive, default=torch.get_num_threads())
     add('--repeats', type=positive, default=20)
     add('--seed', type=int, default=0)
