@@ -114,7 +114,8 @@ def run(command: list[str], log: Path, label: str) -> float:
             env={**os.environ, 'PYTHONUNBUFFERED': '1',
                  'OMP_NUM_THREADS': str(CORES // WORKERS),
                  # glibc keeps freed memory for the next step instead of asking for it again
-                 'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30)}) as process:
+                 'MALLOC_TRIM_THRESHOLD_': str(2**30),
+                 'MALLOC_MMAP_THRESHOLD_': str(2**30)}) as process:
         try:
             for line in process.stdout:
                 file.write(line)
