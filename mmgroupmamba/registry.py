@@ -22,7 +22,7 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='mmgroupmamba',
-    locations=['mmgroupmamba.checkpoint', 'mmgroupmamba.data_check'])
+    locations=['mmgroupmamba.checkpoint', 'mmgroupmamba.data_check', 'mmgroupmamba.models.fuse'])
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,

@@ -49,6 +49,9 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
         '--tta', action='store_true',
         help="test-time augmentation: the config's tta_model and tta_pipeline, else flips")
     parser.add_argument('--amp', action='store_true', help='test under automatic mixed precision')
+    parser.add_argument(
+        '--fuse', action='store_true',
+        help='fold BatchNorm, norms and the two heads for inference: the same results, sooner')
     return parser.parse_args(argv)
 
 
@@ -142,6 +145,8 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
             raise LaunchError("--amp: mmcv's NMS and RoIAlign know no bfloat16 on CPU: leave it "
                               'out, or use a GPU')
         cfg.test_cfg.fp16 = True
+    if args.fuse:
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmgroupmamba.FuseHook')]
     if args.show_dir:
         check_folder(args.show_dir, '--show-dir')
     if args.show or args.show_dir:

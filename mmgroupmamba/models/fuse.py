@@ -2,9 +2,15 @@
 
 The plain modules stay the definition; nothing here is needed to run a model.
 """
+from copy import deepcopy
+
 import torch
 import torch.nn as nn
 from mmcv.cnn import fuse_conv_bn
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmgroupmamba.registry import HOOKS
 
 from .layers import Block
 
@@ -43,6 +49,22 @@ def fuse(model: nn.Module) -> nn.Module:
         if getattr(module, 'dist_fc', None) is not None:
             _fold_heads(module)
     return model.requires_grad_(False)
+
+
+@HOOKS.register_module()
+class FuseHook(Hook):
+    """Test with a folded copy of the model, see :func:`fuse`; the model itself is left as it is.
+
+    It comes after mmengine's EMAHook, so the copy is of the averaged weights where there are any.
+    """
+    priority = 'VERY_LOW'
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.model = runner.model
+        runner.model = fuse(deepcopy(runner.model))
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        runner.model = self.model
 
 
 def _fold_heads(head: nn.Module) -> None:

@@ -1,4 +1,7 @@
 """Folding for inference: the same outputs, from fewer modules."""
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
@@ -7,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmgroupmamba.models import GroupMamba, fuse
 from mmgroupmamba.models.layers import Block, init_weights
+from mmgroupmamba.registry import HOOKS
 
 MICRO = dict(
     stem_hidden_dim=8, embed_dims=(16, 16, 32, 32), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2))
@@ -93,3 +97,20 @@ def test_refused():
     model = fuse(GroupMamba(MICRO))
     with pytest.raises(ValueError, match='fused already'):
         fuse(model)
+
+
+def test_hook_leaves_the_model_alone():
+    runner = SimpleNamespace(model=stirred(GroupMamba(MICRO)))
+    model, before = runner.model, copy.deepcopy(runner.model.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    hook = HOOKS.build(dict(type='FuseHook'))
+    hook.before_test_epoch(runner)
+    assert runner.model is not model
+    with torch.no_grad():
+        got = runner.model(image)
+    hook.after_test_epoch(runner)
+    assert runner.model is model and model.state_dict().keys() == before.keys()
+    with torch.no_grad():
+        assert max(relative(g, w) for g, w in zip(got, model(image))) < 1e-5
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

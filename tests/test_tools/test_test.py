@@ -33,6 +33,24 @@ def test_predictions_and_pictures(scope, trained, tmp_path):
         assert 'pred_instances' in predictions[0]
 
 
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet'])
+def test_fused(scope, trained, tmp_path):
+    """The same predictions from the folded model."""
+    run = trained(scope)
+    predictions = []
+    for options in ((), ('--fuse', )):
+        done = run_tool('test', run.config, run.checkpoint, '--out', 'pred.pkl', *options,
+                        cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        predictions.append(pickle.loads((tmp_path / 'pred.pkl').read_bytes()))
+    for one, other in zip(*predictions):
+        if scope == 'mmpretrain':
+            torch.testing.assert_close(other['pred_score'], one['pred_score'])
+        else:
+            torch.testing.assert_close(other['pred_instances']['scores'],
+                                       one['pred_instances']['scores'])
+
+
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg'])
 def test_tta(scope, trained, tmp_path):
     """Test-time augmentation by flips, without a tta_pipeline in the config."""
