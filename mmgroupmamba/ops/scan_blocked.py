@@ -13,7 +13,6 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def why_not(device_type: str) -> Optional[str]:
@@ -31,7 +30,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
             delta = delta + delta_bias.to(dtype)[:, None]
         if delta_softplus:
             delta = F.softplus(delta)
-        y = _BlockedScan.apply(x, delta, A, B, C)
+        y = _forward(x, delta, A, B, C)
         if D is not None:
             y = torch.addcmul(y, x, D.to(dtype)[:, None])
     return y.to(u.dtype)
@@ -78,47 +77,74 @@ def _recurrence(decay: Tensor, drive: Tensor, reverse: bool = False) -> None:
         h[:, later, inner].addcmul_(a[:, later, inner], final[:, earlier, None])
 
 
-class _BlockedScan(torch.autograd.Function):
+@torch.library.custom_op('mmgroupmamba::blocked_scan', mutates_args=())
+def _forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """``y = C h`` with ``h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t``, shapes as at the door.
 
-    Inside, states are (batch, L, G, d, N), so that one token's channels are contiguous. The
-    backward recomputes them: only the inputs are kept.
+    An operator to torch.compile, which would unroll the loops for each length. Inside, states are
+    (batch, L, G, d, N), so that one token's channels are contiguous. The backward recomputes them:
+    only the inputs are kept.
     """
+    x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
+    h, _ = _states(x, delta, A, B)
+    return _dot(h, C, -1).flatten(2).transpose(1, 2)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        ctx.save_for_backward(x, delta, A, B, C)
-        x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
-        h, _ = _states(x, delta, A, B)
-        return _dot(h, C, -1).flatten(2).transpose(1, 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, ...]:
-        x, delta, A, B, C = _tokens_first(*ctx.saved_tensors)
-        grad_y = grad_y.transpose(1, 2).reshape(x.shape)
-        h, decay = _states(x, delta, A, B)
-        grad_C = _dot(h, grad_y, 3)
+@_forward.register_fake
+def _(x, delta, A, B, C):
+    return _channels_last(x)
 
-        # g_t = dL/dh_t = grad_y_t C_t + decay_{t+1} g_{t+1}
-        grad_h = (grad_y[..., None] * C).contiguous()
-        _recurrence(F.pad(decay[:, 1:].flatten(2), (0, 0, 0, 1)), grad_h.flatten(2), reverse=True)
-        grad_B = _dot(grad_h, delta * x, 3)
-        grad_input = _dot(grad_h, B, -1)  # of delta * x, (batch, L, G, d)
 
-        # decay_t h_{t-1} g_t: what the exponent delta_t A receives
-        exponent = grad_h.mul_(decay)
-        exponent[:, 1:].mul_(h[:, :-1])
-        exponent[:, 0].zero_()
-        grad_delta = torch.addcmul(_dot(exponent, A, -1), grad_input, x)
-        grad_A = (exponent * delta[..., None]).sum((0, 1))
-        return (
-            (grad_input * delta).flatten(2).transpose(1, 2),
-            grad_delta.flatten(2).transpose(1, 2),
-            grad_A.flatten(0, 1),
-            grad_B.permute(0, 2, 3, 1),
-            grad_C.permute(0, 2, 3, 1),
-        )
+@torch.library.custom_op('mmgroupmamba::blocked_scan_backward', mutates_args=())
+def _backward(grad_y: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, delta, A, B and C."""
+    x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
+    grad_y = grad_y.transpose(1, 2).reshape(x.shape)
+    h, decay = _states(x, delta, A, B)
+    grad_C = _dot(h, grad_y, 3)
+
+    # g_t = dL/dh_t = grad_y_t C_t + decay_{t+1} g_{t+1}
+    grad_h = (grad_y[..., None] * C).contiguous()
+    _recurrence(F.pad(decay[:, 1:].flatten(2), (0, 0, 0, 1)), grad_h.flatten(2), reverse=True)
+    grad_B = _dot(grad_h, delta * x, 3)
+    grad_input = _dot(grad_h, B, -1)  # of delta * x, (batch, L, G, d)
+
+    # decay_t h_{t-1} g_t: what the exponent delta_t A receives
+    exponent = grad_h.mul_(decay)
+    exponent[:, 1:].mul_(h[:, :-1])
+    exponent[:, 0].zero_()
+    grad_delta = torch.addcmul(_dot(exponent, A, -1), grad_input, x)
+    grad_A = (exponent * delta[..., None]).sum((0, 1))
+    return (
+        (grad_input * delta).flatten(2).transpose(1, 2),
+        grad_delta.flatten(2).transpose(1, 2),
+        grad_A.flatten(0, 1),
+        grad_B.permute(0, 2, 3, 1),
+        grad_C.permute(0, 2, 3, 1),
+    )
+
+
+@_backward.register_fake
+def _(grad_y, x, delta, A, B, C):
+    return (_channels_last(x), _channels_last(x), A.new_empty(A.shape), _channels_last(B),
+            _channels_last(C))
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """Empty, of t's shape (batch, ..., L), whose memory is (batch, L, ...)."""
+    return t.new_empty(t.shape[0], t.shape[-1], *t.shape[1:-1]).movedim(1, -1)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad_y):
+    return _backward(grad_y, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _tokens_first(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
