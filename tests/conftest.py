@@ -3,6 +3,7 @@ import gzip
 import json
 from pathlib import Path
 
+import mamba_stand_in
 import pytest
 import torch
 
@@ -27,3 +28,9 @@ def official_file(golden, tmp_path) -> str:
     path = tmp_path / 'official_pico.pth'
     torch.save({'model': golden['state_dict']}, path)
     return str(path)
+
+
+@pytest.fixture
+def mamba_kernel(monkeypatch) -> list[str]:
+    """mamba-ssm's kernel on the CPU; the names of what was launched, in order."""
+    return mamba_stand_in.install(monkeypatch)

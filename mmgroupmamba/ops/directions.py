@@ -31,7 +31,25 @@ DIRECTIONS = (
 )
 
 _MANY_SIZES = 256
-_orders: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+class Orders(NamedTuple):
+    """The four directions over one map size as indices.
+
+    Attributes:
+        tokens: For each group and step l the token read there, (4, L), counted row after row.
+        places: For each group and token its step, (4, L): the inverse.
+        rows: The same for a map's rows (L * 4, d), row t * 4 + g being group g of token t:
+            for each step and group, at l * 4 + g, the row read there, (L * 4,).
+        rows_back: For each row its place in the sequences, (L * 4,): the inverse.
+    """
+    tokens: Tensor
+    places: Tensor
+    rows: Tensor
+    rows_back: Tensor
+
+
+_orders: dict[tuple[int, int, torch.device], Orders] = {}
 
 
 def to_sequences(x: Tensor) -> Tensor:
@@ -43,8 +61,8 @@ def to_sequences(x: Tensor) -> Tensor:
     Returns:
         Sequences of shape (B, L, 4, d), L = H * W.
     """
-    order, back = scan_orders(*x.shape[1:3], x.device)
-    rows = _Reorder.apply(x.flatten(1, 3), order, back)
+    orders = scan_orders(*x.shape[1:3], x.device)
+    rows = _Reorder.apply(x.flatten(1, 3), orders.rows, orders.rows_back)
     return rows.unflatten(1, (-1, len(DIRECTIONS)))
 
 
@@ -59,20 +77,13 @@ def from_sequences(y: Tensor, height: int, width: int) -> Tensor:
     Returns:
         Map of shape (B, H, W, 4, d).
     """
-    order, back = scan_orders(height, width, y.device)
-    rows = _Reorder.apply(y.flatten(1, 2), back, order)
+    orders = scan_orders(height, width, y.device)
+    rows = _Reorder.apply(y.flatten(1, 2), orders.rows_back, orders.rows)
     return rows.unflatten(1, (height, width, len(DIRECTIONS)))
 
 
-def scan_orders(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The four orders as one permutation of a map's rows, and its inverse.
-
-    Row t * 4 + g of a map is group g of token t, t counted row after row.
-
-    Returns:
-        For each step l and group g, at l * 4 + g, the row that is read there; and the inverse,
-        for each row its place in the sequences. Both (L * 4,), kept for the sizes seen last.
-    """
+def scan_orders(height: int, width: int, device: torch.device) -> Orders:
+    """The directions over a map of H x W tokens; kept for the sizes seen last."""
     if torch.compiler.is_compiling():
         return _make_orders(height, width, device)
     key = height, width, device
@@ -87,14 +98,17 @@ def scan_orders(height: int, width: int, device: torch.device) -> tuple[Tensor, 
     return _orders[key]
 
 
-def _make_orders(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(height * width * len(DIRECTIONS), device=device)
+def _make_orders(height: int, width: int, device: torch.device) -> Orders:
+    map_ = torch.arange(height * width, device=device).view(height, width)
     groups = []
-    for direction, group in zip(DIRECTIONS, rows.view(height, width, -1).unbind(-1)):
-        order = (group.t() if direction.by_columns else group).flatten()
-        groups.append(order.flip(0) if direction.backward else order)
-    order = torch.stack(groups, -1).flatten()
-    return order, torch.empty_like(order).scatter_(0, order, rows)
+    for direction in DIRECTIONS:
+        tokens = (map_.t() if direction.by_columns else map_).flatten()
+        groups.append(tokens.flip(0) if direction.backward else tokens)
+    tokens = torch.stack(groups)
+    places = torch.empty_like(tokens).scatter_(1, tokens, map_.flatten().expand_as(tokens))
+    group = torch.arange(len(DIRECTIONS), device=device)
+    rows, rows_back = ((t.t() * len(DIRECTIONS) + group).flatten() for t in (tokens, places))
+    return Orders(tokens, places, rows, rows_back)
 
 
 class _Reorder(torch.autograd.Function):

@@ -94,6 +94,11 @@ def resolve_backend(name: str, device_type: str) -> str:
     return _resolved[name, device_type]
 
 
+# what torch.compiler.assume_constant_result does, which would import torch._dynamo here. Traced,
+# the first call would guard the graph by the absence of its own entry, and the second recompile.
+resolve_backend._dynamo_marked_constant = True
+
+
 def _resolve(name: str, device_type: str) -> str:
     if name != 'auto':
         check_backend(name, device_type)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmgroupmamba.ops import DIRECTIONS, from_sequences, to_sequences
+from mmgroupmamba.ops.directions import _orders, scan_orders
 
 
 def walk(height, width, direction):
@@ -35,3 +37,20 @@ def test_gradient_goes_back_to_its_cell(height, width):
 def test_four_different_directions():
     assert [(d.by_columns, d.backward) for d in DIRECTIONS] == [
         (False, False), (True, False), (False, True), (True, True)]
+
+
+def test_orders_are_kept_and_may_be_kept():
+    """Those made in inference mode serve a backward pass later; fake ones are not kept."""
+    with FakeTensorMode():
+        to_sequences(torch.zeros(1, 6, 11, 4, 2))
+    with torch.inference_mode():
+        to_sequences(torch.zeros(1, 6, 11, 4, 2))
+    x = torch.randn(1, 6, 11, 4, 2, requires_grad=True)
+    assert type(scan_orders(6, 11, x.device).rows) is torch.Tensor
+    y = to_sequences(x)
+    grad, = torch.autograd.grad(y, x, y.detach())
+    assert torch.equal(grad, x.detach())
+    for _ in range(2):
+        for width in range(1, 300):
+            scan_orders(2, width, x.device)
+    assert len(_orders) <= 256
