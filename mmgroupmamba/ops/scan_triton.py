@@ -1,8 +1,9 @@
 """The scan as Triton kernels, parallel over L: two launches forward, two backward.
 
-The kernels are in ``scan_triton_kernels``; Triton is imported when a scan first runs. The two
-operators are known to torch.library, so torch.compile sees no graph break. Gradients are bitwise
-reproducible. Only the inputs and one float32 state per 4 or 8 tokens are kept for the backward.
+The kernels are in ``scan_triton_kernels``; Triton is imported when a scan first runs. They serve
+sequences (``scan``) and maps (``directional_scan``). Each door has two operators that are known to
+torch.library, so torch.compile sees no graph break. Gradients are bitwise reproducible. Only the
+inputs and one float32 state per 4 or 8 tokens are kept for the backward.
 """
 import os
 from functools import lru_cache
@@ -12,10 +13,18 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .directional_scan import over_sequences
+from .directions import DIRECTIONS
+
 _TRITON = (3, 6)  # what the kernels are tested with; tuples of tensors came after 3.1
 _MAX_STATES = 4  # states in registers at once; more are scanned in slices
+_MAX_RANK = 8  # of a map's step, likewise; more are projected by torch
 _LANES = 128  # of a tile: 4 warps, one (chunk, channel) a thread
 _MANY_LANES = 2**16  # where long chunks still fill a large GPU
+
+# how the groups of a map walk, bit g for group g
+_COLUMNS = sum(direction.by_columns << g for g, direction in enumerate(DIRECTIONS))
+_BACKWARD = sum(direction.backward << g for g, direction in enumerate(DIRECTIONS))
 
 
 class Tile(NamedTuple):
@@ -33,13 +42,15 @@ class Tile(NamedTuple):
     CHANNELS: int
 
 
-def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int) -> Tile:
-    """One of four tiles for a number of states: long or short chunks, few or many channels."""
+def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank: int = 0) -> Tile:
+    """One of four tiles for a number of states and a rank: long or short chunks, few or many
+    channels."""
     channels = 16 if dim <= 16 else 32
     chunks = _LANES // channels
     long_chunks = -(-length // 64)
     enough = long_chunks >= chunks and batch * groups * dim * long_chunks >= _MANY_LANES
-    return Tile(64 if enough else 16, 8 if states == 1 else 4, chunks, channels)
+    step = 8 if states == 1 and rank <= 2 else 4  # what the backward has registers for
+    return Tile(64 if enough else 16, step, chunks, channels)
 
 
 def _interpreted() -> bool:
@@ -73,48 +84,111 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     Raises:
         ValueError: float64 input.
     """
-    if u.dtype == torch.float64:
-        raise ValueError("the Triton kernels have no float64: use backend='blocked'")
+    _refuse_float64(u)
     A = A.float()
     D, delta_bias = (t if t is None else t.float() for t in (D, delta_bias))
     delta, B, C = (t.float() if t.dtype == torch.float64 else t for t in (delta, B, C))
     states = A.shape[1]
     if states <= _MAX_STATES:
-        return _run(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return _scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     # y is a sum over the states
     y = 0
     for first in range(0, states, _MAX_STATES):
         some = slice(first, first + _MAX_STATES)
-        y = y + _run(u.float(), delta, A[:, some], B[:, :, some], C[:, :, some],
-                     D if first == 0 else None, delta_bias, delta_softplus)
+        y = y + _scan(u.float(), delta, A[:, some], B[:, :, some], C[:, :, some],
+                      D if first == 0 else None, delta_bias, delta_softplus)
     return y.to(u.dtype)
 
 
-def _run(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
-    tensors = [t for t in (u, delta, A, B, C, D, delta_bias) if t is not None]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                     dt_bias: Tensor) -> Tensor:
+    """See :func:`mmgroupmamba.ops.directional_scan`. Map and step are read and written where they
+    lie, and the step is never stored; a layout in which H and W are not one dimension is copied.
+    With more than 4 states, or a rank above 8, the map is laid out for :func:`scan` instead.
+
+    Raises:
+        ValueError: float64 input.
+    """
+    _refuse_float64(x)
+    if A.shape[1] > _MAX_STATES or dt_weight.shape[2] > _MAX_RANK:
+        return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, scan)
+    if x_dbl.dtype == torch.float64:
+        x_dbl = x_dbl.float()
+    dt_weight, A, D, dt_bias = (t.float() for t in (dt_weight, A, D, dt_bias))
+    keep = _differentiates(x, x_dbl, dt_weight, A, D, dt_bias)
+    y, _ = _map_forward(x, x_dbl, dt_weight, A, D, dt_bias, keep)
+    return y
+
+
+def _refuse_float64(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise ValueError("the Triton kernels have no float64: use backend='blocked'")
+
+
+def _differentiates(*tensors: Optional[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+    keep = _differentiates(u, delta, A, B, C, D, delta_bias)
     y, _ = _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)
     return y
 
 
-def _chunks(length: int, tile: Tile) -> int:
-    """Chunks that cover the sequence, a multiple of a tile's."""
-    return -(-length // (tile.T * tile.CHUNKS)) * tile.CHUNKS
+class _Plan(NamedTuple):
+    """How the kernels of a scan are launched.
+
+    Attributes:
+        programs: How many.
+        chunks: That cover a sequence, a multiple of a tile's.
+        tile: Their sizes.
+        sizes: The kernels' sizes at run time.
+        constants: The kernels' compile-time arguments.
+    """
+    programs: int
+    chunks: int
+    tile: Tile
+    sizes: tuple[int, int, int, int, int]
+    constants: dict[str, int]
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles whose summaries are composed in one step."""
+        return _tiles_at_once(self.chunks // self.tile.CHUNKS)
 
 
-def _launch_sizes(u: Tensor, B: Tensor) -> tuple[Tile, int, tuple[int, ...], int]:
-    """Tile, number of chunks, the kernels' size arguments, number of programs."""
+def _tiles_at_once(tiles: int) -> int:
+    return 16 if tiles <= 16 else 64
+
+
+def _plan(batch: int, groups: int, dim: int, states: int, width: int, softplus: bool,
+          height: int = 1, rank: int = 0) -> _Plan:
+    """The launch for sequences of `width` tokens, or for maps whose step has a rank."""
+    length = height * width
+    tile = tile_sizes(batch, groups, dim, states, length, rank)
+    chunks = -(-length // (tile.T * tile.CHUNKS)) * tile.CHUNKS
+    programs = batch * groups * -(-dim // tile.CHANNELS) * (chunks // tile.CHUNKS)
+    constants = dict(N=states, RANK=rank, COLUMNS=_COLUMNS if rank else 0,
+                     BACKWARD=_BACKWARD if rank else 0, SOFTPLUS=softplus, **tile._asdict())
+    return _Plan(programs, chunks, tile, (height, width, chunks, groups, dim), constants)
+
+
+def _plan_sequences(u: Tensor, B: Tensor, softplus: bool) -> _Plan:
+    """For u (batch, channels, L) and B (batch, G, N, L)."""
     batch, channels, length = u.shape
     groups, states = B.shape[1:3]
-    dim = channels // groups
-    tile = tile_sizes(batch, groups, dim, states, length)
-    chunks = _chunks(length, tile)
-    programs = batch * groups * -(-dim // tile.CHANNELS) * (chunks // tile.CHUNKS)
-    return tile, chunks, (length, chunks, groups, dim), programs
+    return _plan(batch, groups, channels // groups, states, length, softplus)
 
 
-def _tiles_at_once(chunks: int, tile: Tile) -> int:
-    return 16 if chunks // tile.CHUNKS <= 16 else 64
+def _plan_maps(x: Tensor, dt_weight: Tensor, A: Tensor) -> _Plan:
+    """For x (batch, H, W, 4, d), dt_weight (4, d, R) and A (channels, N)."""
+    batch, height, width, groups, dim = x.shape
+    return _plan(batch, groups, dim, A.shape[1], width, True, height, dt_weight.shape[2])
+
+
+def _by_cells(x: Tensor) -> Tensor:
+    """(batch, H, W, groups, values) -> (batch, groups, values, cell), a view where it can be."""
+    return x.flatten(1, 2).permute(0, 2, 3, 1)
 
 
 def _channels_last(u: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -123,48 +197,109 @@ def _channels_last(u: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     return u.new_empty(batch, length, channels, dtype=dtype or u.dtype).transpose(1, 2)
 
 
-def _kept_states(u: Tensor, A: Tensor, B: Tensor, keep: bool) -> Tensor:
-    tile, chunks, _, _ = _launch_sizes(u, B)
-    stops = chunks * tile.T // tile.STEP if keep else 0
-    return u.new_empty(u.shape[0], stops, A.shape[1], u.shape[1], dtype=torch.float32)
+def _kept_states(plan: _Plan, x: Tensor, A: Tensor, keep: bool) -> Tensor:
+    stops = plan.chunks * plan.tile.T // plan.tile.STEP if keep else 0
+    return A.new_empty(x.shape[0], stops, A.shape[1], A.shape[0])
 
 
-def _summary(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, bias: Optional[Tensor],
-             softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+def _summary(plan: _Plan, x: Tensor, delta: Optional[Tensor], weight: Optional[Tensor],
+             rows: Tensor, A: Tensor, bias: Optional[Tensor], reverse: bool
+             ) -> tuple[Tensor, Tensor]:
     """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, C)."""
     kernels = import_module('.scan_triton_kernels', __package__)
-    tile, chunks, sizes, programs = _launch_sizes(x, B)
-    decay = x.new_empty(x.shape[0], chunks, A.shape[1], x.shape[1], dtype=torch.float32)
+    decay = A.new_empty(x.shape[0], plan.chunks, A.shape[1], A.shape[0])
     state = torch.empty_like(decay)
-    kernels.summary_kernel[(programs, )](
-        x, delta, A, B, bias, decay, state, *sizes, *x.stride(), *delta.stride(), *B.stride(),
-        N=A.shape[1], **tile._asdict(), SOFTPLUS=softplus, REVERSE=reverse)
+    kernels.summary_kernel[(plan.programs, )](
+        x, delta, weight, rows, A, bias, decay, state, *plan.sizes, *_strides(x, delta, rows),
+        **plan.constants, REVERSE=reverse)
     return decay, state
+
+
+def _launch_forward(plan: _Plan, x: Tensor, delta: Optional[Tensor], weight: Optional[Tensor],
+                    rows: Tensor, A: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
+                    y: Tensor, entry: Optional[Tensor]) -> None:
+    """Fill y and, if it is given, entry.
+
+    x, rows and delta or, in its place, weight are as the kernels have them, (batch, G, values,
+    cell) with any strides; y lies in memory as (batch, cell, channels).
+    """
+    kernels = import_module('.scan_triton_kernels', __package__)
+    with torch.cuda.device_of(x):
+        decay, state = _summary(plan, x, delta, weight, rows, A, bias, reverse=False)
+        kernels.forward_kernel[(plan.programs, )](
+            x, delta, weight, rows, A, D, bias, decay, state, y, entry, *plan.sizes,
+            *_strides(x, delta, rows), **plan.constants, TILES=plan.tiles_at_once)
+
+
+def _launch_backward(plan: _Plan, x: Tensor, delta: Optional[Tensor], weight: Optional[Tensor],
+                     rows: Tensor, A: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
+                     grad: Tensor, entry: Tensor, dx: Tensor, ddelta: Optional[Tensor],
+                     drows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill dx, ddelta if the step is given, and drows.
+
+    Returns:
+        Gradients of A (channels, N), D, bias (channels,) and weight (channels, R).
+    """
+    kernels = import_module('.scan_triton_kernels', __package__)
+    channels, states = A.shape
+    rank = plan.constants['RANK']
+    sums = A.new_empty(x.shape[0], plan.chunks // plan.tile.CHUNKS, states + 2 + rank, channels)
+    with torch.cuda.device_of(x):
+        decay, state = _summary(plan, grad, delta, weight, rows, A, bias, reverse=True)
+        kernels.backward_kernel[(plan.programs, )](
+            x, delta, weight, rows, A, D, bias, grad, decay, state, entry, dx, ddelta, drows, sums,
+            *plan.sizes, *_strides(x, delta, rows, grad), **plan.constants,
+            TILES=plan.tiles_at_once)
+    dA, dD, dbias, dweight = (
+        _copy(t.t()) for t in sums.sum((0, 1)).split([states, 1, 1, rank]))
+    return dA, dD[:, 0], dbias[:, 0], dweight
+
+
+def _copy(t: Tensor) -> Tensor:
+    """A contiguous one: an operator's results may not share memory."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(*tensors: Optional[Tensor]) -> list[int]:
+    return [stride for t in tensors for stride in ((0, 0, 0, 0) if t is None else t.stride())]
+
+
+def _empty_drows(plan: _Plan, rows: Tensor) -> Tensor:
+    """Each part's share in the gradient of rows: (part, batch, cell, G, R + 2N)."""
+    parts = -(-plan.sizes[-1] // plan.tile.CHANNELS)
+    return rows.new_empty(parts, *rows.permute(0, 3, 1, 2).shape,
+                          dtype=rows.dtype if parts == 1 else torch.float32)
+
+
+def _summed(drows: Tensor, dtype: torch.dtype) -> Tensor:
+    return (drows[0] if len(drows) == 1 else drows.sum(0)).to(dtype)
+
+
+def _rows(B: Tensor, C: Tensor) -> Tensor:
+    """A sequence's rows (batch, G, 2N, L), the values of a token side by side in memory."""
+    return torch.cat([t.permute(0, 3, 1, 2) for t in (B, C)], -1).permute(0, 2, 3, 1)
+
+
+def _contiguous(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 @torch.library.custom_op('mmgroupmamba::triton_scan', mutates_args=())
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
              bias: Optional[Tensor], softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """y (batch, channels, L), and the states that the backward starts from (none unless keep)."""
-    kernels = import_module('.scan_triton_kernels', __package__)
-    tile, chunks, sizes, programs = _launch_sizes(u, B)
-    A = A.contiguous()
-    D, bias = (t if t is None else t.contiguous() for t in (D, bias))
+    plan = _plan_sequences(u, B, softplus)
+    A, D, bias = _contiguous(A, D, bias)
     y = _channels_last(u)
-    entry = _kept_states(u, A, B, keep)
-    with torch.cuda.device_of(u):
-        decay, state = _summary(u, delta, A, B, bias, softplus, reverse=False)
-        kernels.forward_kernel[(programs, )](
-            u, delta, A, B, C, D, bias, decay, state, y, entry if keep else None, *sizes,
-            *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
-            N=A.shape[1], **tile._asdict(), TILES=_tiles_at_once(chunks, tile),
-            SOFTPLUS=softplus)
+    entry = _kept_states(plan, u, A, keep)
+    u, delta = (t.unflatten(1, (B.shape[1], -1)) for t in (u, delta))
+    _launch_forward(plan, u, delta, None, _rows(B, C), A, D, bias, y, entry if keep else None)
     return y, entry
 
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, bias, softplus, keep):
-    return _channels_last(u), _kept_states(u, A, B, keep)
+    return _channels_last(u), _kept_states(_plan_sequences(u, B, softplus), u, A, keep)
 
 
 @torch.library.custom_op('mmgroupmamba::triton_scan_backward', mutates_args=())
@@ -172,28 +307,17 @@ def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: T
               D: Optional[Tensor], bias: Optional[Tensor], entry: Tensor, softplus: bool
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and bias; the last two also where these are None."""
-    kernels = import_module('.scan_triton_kernels', __package__)
-    tile, chunks, sizes, programs = _launch_sizes(u, B)
-    batch, channels, length = u.shape
-    groups, states = B.shape[1:3]
-    A = A.contiguous()
-    D, bias = (t if t is None else t.contiguous() for t in (D, bias))
+    plan = _plan_sequences(u, B, softplus)
+    A, D, bias = _contiguous(A, D, bias)
     du, ddelta = _channels_last(u), _channels_last(u, delta.dtype)
-    parts = -(-channels // groups // tile.CHANNELS)
-    dB = u.new_empty(parts, batch, length, groups, states, dtype=torch.float32)
-    dC = torch.empty_like(dB)
-    sums = u.new_empty(batch, chunks // tile.CHUNKS, states + 2, channels, dtype=torch.float32)
-    with torch.cuda.device_of(u):
-        decay, state = _summary(grad, delta, A, C, bias, softplus, reverse=True)
-        kernels.backward_kernel[(programs, )](
-            u, delta, A, B, C, D, bias, grad, decay, state, entry, du, ddelta, dB, dC, sums,
-            *sizes, *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *grad.stride(),
-            N=states, **tile._asdict(), TILES=_tiles_at_once(chunks, tile), SOFTPLUS=softplus)
-    dB, dC = ((t[0] if parts == 1 else t.sum(0)).permute(0, 2, 3, 1).to(like.dtype)
-              for t, like in ((dB, B), (dC, C)))
-    sums = sums.sum((0, 1))
-    return (du, ddelta, sums[:states].t().contiguous(), dB, dC, sums[states].clone(),
-            sums[states + 1].clone())
+    rows = _rows(B, C)
+    drows = _empty_drows(plan, rows)
+    grad, u, delta = (t.unflatten(1, (B.shape[1], -1)) for t in (grad, u, delta))
+    dA, dD, dbias, _ = _launch_backward(plan, u, delta, None, rows, A, D, bias, grad, entry, du,
+                                        ddelta, drows)
+    dB, dC = (_copy(t).permute(0, 2, 3, 1)
+              for t in _summed(drows, torch.float32).chunk(2, -1))
+    return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dbias
 
 
 @_backward.register_fake
@@ -206,7 +330,7 @@ def _(grad, u, delta, A, B, C, D, bias, entry, softplus):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.softplus, ctx.kept = inputs
+    *tensors, ctx.softplus, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
@@ -221,3 +345,56 @@ def _differentiate(ctx, grad, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op('mmgroupmamba::triton_directional_scan', mutates_args=())
+def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor, bias: Tensor,
+                 keep: bool) -> tuple[Tensor, Tensor]:
+    """y (batch, H, W, 4, d), and the states that the backward starts from (none unless keep)."""
+    plan = _plan_maps(x, dt_weight, A)
+    dt_weight, A, D, bias = _contiguous(dt_weight, A, D, bias)
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    entry = _kept_states(plan, x, A, keep)
+    _launch_forward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A, D, bias, y,
+                    entry if keep else None)
+    return y, entry
+
+
+@_map_forward.register_fake
+def _(x, x_dbl, dt_weight, A, D, bias, keep):
+    return (x.new_empty(x.shape, dtype=torch.float32),
+            _kept_states(_plan_maps(x, dt_weight, A), x, A, keep))
+
+
+@torch.library.custom_op('mmgroupmamba::triton_directional_scan_backward', mutates_args=())
+def _map_backward(grad: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                  bias: Tensor, entry: Tensor
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, x_dbl, dt_weight, A, D and bias."""
+    plan = _plan_maps(x, dt_weight, A)
+    dt_weight, A, D, bias = _contiguous(dt_weight, A, D, bias)
+    rows = _by_cells(x_dbl)
+    drows = _empty_drows(plan, rows)
+    dx = x.new_empty(x.shape)
+    dA, dD, dbias, dweight = _launch_backward(plan, _by_cells(x), None, dt_weight, rows, A, D,
+                                              bias, _by_cells(grad), entry, dx, None, drows)
+    dx_dbl = _summed(drows, x_dbl.dtype).view(x_dbl.shape)
+    return dx, dx_dbl, dweight.view(dt_weight.shape), dA, dD, dbias
+
+
+@_map_backward.register_fake
+def _(grad, x, x_dbl, dt_weight, A, D, bias, entry):
+    return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, A, D, bias))
+
+
+def _save_map(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate_map(ctx, grad, _):
+    return (*_map_backward(grad, *ctx.saved_tensors), None)
+
+
+_map_forward.register_autograd(_differentiate_map, setup_context=_save_map)

@@ -12,16 +12,24 @@ over L in two launches:
 The gradient's recurrence is read from the end by index arithmetic: walk q = 0, 1, ... visits
 the last chunk first. States are float32 and stored as (batch, walk, N, channel).
 
-Tokens are loaded STEP at a time ahead of their use, so the loads are in flight together. N, T,
-STEP, CHUNKS and CHANNELS are compile-time constants from a small set; lengths are run-time
+What belongs to a token and a group is one row of RANK + 2N values, [r | B | C]: lane i of a chunk
+loads value i, and ``_value`` shows it to all of them, so CHANNELS is no less than RANK + 2N.
+
+The kernels serve two doors. Of a sequence (COLUMNS = BACKWARD = RANK = 0, height 1) token t is
+cell t of the memory, and `delta` is the step of each channel. Of a map, ``_cells`` says in which
+cell h * W + w token t of a group is, and `weight` (channels, RANK) times r is the step. Everything
+is read and written at its cell: no order but the memory's exists outside the registers.
+
+Tokens are loaded STEP at a time ahead of their use, so the loads are in flight together. N, RANK,
+T, STEP, CHUNKS and CHANNELS are compile-time constants from a small set; sizes are run-time
 arguments. No atomics: the same input gives the same bits.
 """
 import triton
 import triton.language as tl
 
 # no recompilation when these become 1 or a multiple of 16
-RUNTIME = ['length', 'chunks', 'groups', 'dim', 'x_batch', 'd_batch', 'b_batch', 'c_batch',
-           'g_batch', 'b_group', 'c_group']
+RUNTIME = ['height', 'width', 'chunks', 'groups', 'dim', 'x_batch', 'x_group', 'd_batch', 'd_group',
+           'r_batch', 'r_group', 'g_batch', 'g_group']
 
 
 @triton.jit
@@ -60,9 +68,60 @@ def _tile(chunks, groups, dim, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _step_size(delta, bias, inside, SOFTPLUS: tl.constexpr):
-    """float32 step (0 past the end: decay 1, drive 0) and what softplus was given."""
-    raw = delta.to(tl.float32) + bias
+def _cells(token, group, height, width, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+           BACKWARD: tl.constexpr):
+    """The cells of STEP tokens in a row, in the order of the tokens; past the end, anything.
+
+    Bit g of COLUMNS and BACKWARD says how group g walks. By columns, the next cell is `width` on,
+    or at a column's foot as far round as the map is long. Backward, the map is turned by a half.
+    """
+    last = height * width - 1
+    cell = token
+    step = 1
+    if COLUMNS:
+        by_columns = (COLUMNS >> group) & 1 != 0
+        step = tl.where(by_columns, width, 1)
+        cell = tl.where(by_columns, token % height * width + token // height, token)
+    cells = ()
+    for _ in tl.static_range(STEP):
+        if BACKWARD:
+            cells += (tl.where((BACKWARD >> group) & 1 != 0, last - cell, cell), )
+        else:
+            cells += (cell, )
+        cell += step
+        if COLUMNS:
+            cell = tl.where(cell > last, cell - last, cell)
+    return cells
+
+
+@triton.jit
+def _columns(matrix, channel, valid, COUNT: tl.constexpr):
+    """The COUNT columns of a matrix (channels, COUNT) at a tile's channels."""
+    columns = ()
+    for k in tl.static_range(COUNT):
+        columns += (tl.load(matrix + channel * COUNT + k, valid, other=0.), )
+    return columns
+
+
+@triton.jit
+def _value(row, i):
+    """Value i of a token's row, on every lane of its chunk: one shuffle."""
+    return tl.gather(row, tl.full(row.shape, i, tl.int32), 1)
+
+
+@triton.jit
+def _step_size(source, weights, bias, inside, RANK: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """The step (0 past the end: decay 1, drive 0) and what softplus was given.
+
+    `source` is the step as the door was given it, or of a map the token's row.
+    """
+    if RANK == 0:
+        raw = source.to(tl.float32)
+    else:
+        raw = _value(source, 0) * weights[0]
+    for k in tl.static_range(1, RANK):
+        raw += _value(source, k) * weights[k]
+    raw += bias  # last: where it is large, the sum is rounded once
     step = raw
     if SOFTPLUS:
         step = _softplus(raw)
@@ -94,20 +153,15 @@ def _entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
     return a * carry + tl.load(state + at, known, other=0.)
 
 
-@triton.jit
-def _over_channels(x):
-    """The sum over the channels of a tile, on the lane of each."""
-    return tl.broadcast_to(tl.sum(x, 1)[:, None], x.shape)
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def summary_kernel(
-        x, delta, A, B, bias, decay, state,
-        length, chunks, groups, dim,
-        x_batch, x_channel, x_token, d_batch, d_channel, d_token,
-        b_batch, b_group, b_state, b_token,
-        N: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
-        CHANNELS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr):
+        x, delta, weight, rows, A, bias, decay, state,
+        height, width, chunks, groups, dim,
+        x_batch, x_group, x_channel, x_token, d_batch, d_group, d_channel, d_token,
+        r_batch, r_group, r_value, r_token,
+        N: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
+        SOFTPLUS: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
+        CHANNELS: tl.constexpr, REVERSE: tl.constexpr):
     """Forward: h -> a h + dt x B. Reverse, with x = dy and B = C: r -> a (r + x B)."""
     part, group, tile, batch = _tile(chunks, groups, dim, CHUNKS, CHANNELS)
     q = tile * CHUNKS + tl.arange(0, CHUNKS)[:, None]
@@ -115,44 +169,51 @@ def summary_kernel(
     valid = c < dim
     channel = group * dim + c
     channels = groups * dim
-    x += batch * x_batch + channel * x_channel
-    delta += batch * d_batch + channel * d_channel
-    B += batch * b_batch + group.to(tl.int64) * b_group
+    length = height * width
+    x += batch * x_batch + group.to(tl.int64) * x_group + c * x_channel
+    if RANK == 0:
+        delta += batch * d_batch + group.to(tl.int64) * d_group + c * d_channel
+    lane = tl.arange(0, CHANNELS)[None, :]
+    in_row = lane < RANK + 2 * N
+    rows += batch * r_batch + group.to(tl.int64) * r_group + lane * r_value
     shift = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
         shift = tl.load(bias + channel, valid, other=0.)
-    rate = ()
+    weights = _columns(weight, channel, valid, RANK)
+    rates = _columns(A, channel, valid, N)
     a = ()
     h = ()
     for n in tl.static_range(N):
-        rate += (tl.load(A + channel * N + n, valid, other=0.), )
         a += (tl.full((CHUNKS, CHANNELS), 1., tl.float32), )
         h += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
 
     for block in range(T // STEP):
+        first = q * T + block * STEP
+        if REVERSE:
+            first = chunks * T - STEP - first
+        cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
         xs = ()
-        deltas = ()
-        Bs = ()
+        held = ()
+        sources = ()
+        insides = ()
         for s in tl.static_range(STEP):
-            token = q * T + block * STEP + s
-            if REVERSE:
-                token = chunks * T - 1 - token
-            inside = token < length
-            xs += (tl.load(x + token * x_token, inside & valid, other=0.), )
-            deltas += (tl.load(delta + token * d_token, inside & valid, other=0.), )
-            for n in tl.static_range(N):
-                Bs += (tl.load(B + token * b_token + n * b_state, inside, other=0.), )
+            cell = cells[STEP - 1 - s if REVERSE else s]
+            inside = first + (STEP - 1 - s if REVERSE else s) < length
+            insides += (inside, )
+            xs += (tl.load(x + cell * x_token, inside & valid, other=0.), )
+            held += (tl.load(rows + cell * r_token, inside & in_row, other=0.).to(tl.float32), )
+            if RANK == 0:
+                sources += (tl.load(delta + cell * d_token, inside & valid, other=0.), )
+            else:
+                sources += (held[s], )
         for s in tl.static_range(STEP):
-            token = q * T + block * STEP + s
-            if REVERSE:
-                token = chunks * T - 1 - token
-            dt, _ = _step_size(deltas[s], shift, token < length, SOFTPLUS)
+            dt, _ = _step_size(sources[s], weights, shift, insides[s], RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             next_a = ()
             next_h = ()
             for n in tl.static_range(N):
-                factor = tl.exp(dt * rate[n])
-                drive = value * Bs[s * N + n].to(tl.float32)
+                factor = tl.exp(dt * rates[n])
+                drive = value * _value(held[s], RANK + (N if REVERSE else 0) + n)
                 next_a += (factor * a[n], )
                 if REVERSE:
                     next_h += (factor * (h[n] + drive), )
@@ -170,35 +231,39 @@ def summary_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-        x, delta, A, B, C, D, bias, decay, state, y, entry,
-        length, chunks, groups, dim,
-        x_batch, x_channel, x_token, d_batch, d_channel, d_token,
-        b_batch, b_group, b_state, b_token, c_batch, c_group, c_state, c_token,
-        g_batch, g_channel, g_token,
-        N: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
-        CHANNELS: tl.constexpr, TILES: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """y, and into `entry`, unless None, the state before every STEP-th token."""
+        x, delta, weight, rows, A, D, bias, decay, state, y, entry,
+        height, width, chunks, groups, dim,
+        x_batch, x_group, x_channel, x_token, d_batch, d_group, d_channel, d_token,
+        r_batch, r_group, r_value, r_token,
+        N: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
+        SOFTPLUS: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
+        CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """y (batch, cell, channel), and into `entry`, unless None, the state before every STEP-th
+    token."""
     part, group, tile, batch = _tile(chunks, groups, dim, CHUNKS, CHANNELS)
     q = tile * CHUNKS + tl.arange(0, CHUNKS)[:, None]
     c = part * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     valid = c < dim
     channel = group * dim + c
     channels = groups * dim
-    x += batch * x_batch + channel * x_channel
-    delta += batch * d_batch + channel * d_channel
-    B += batch * b_batch + group.to(tl.int64) * b_group
-    C += batch * c_batch + group.to(tl.int64) * c_group
-    y += batch * g_batch + channel * g_channel
+    length = height * width
+    x += batch * x_batch + group.to(tl.int64) * x_group + c * x_channel
+    if RANK == 0:
+        delta += batch * d_batch + group.to(tl.int64) * d_group + c * d_channel
+    lane = tl.arange(0, CHANNELS)[None, :]
+    in_row = lane < RANK + 2 * N
+    rows += batch * r_batch + group.to(tl.int64) * r_group + lane * r_value
+    y += batch * length * channels + channel
     shift = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
         shift = tl.load(bias + channel, valid, other=0.)
     skip = tl.zeros((1, CHANNELS), tl.float32)
     if D is not None:
         skip = tl.load(D + channel, valid, other=0.)
-    rate = ()
+    weights = _columns(weight, channel, valid, RANK)
+    rates = _columns(A, channel, valid, N)
     h = ()
     for n in tl.static_range(N):
-        rate += (tl.load(A + channel * N + n, valid, other=0.), )
         h += (_entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
                         N, CHUNKS, CHANNELS, TILES), )
 
@@ -207,49 +272,50 @@ def forward_kernel(
             stop = batch * (chunks * T // STEP) + q * (T // STEP) + block
             for n in tl.static_range(N):
                 tl.store(entry + (stop * N + n) * channels + channel, h[n], valid)
+        first = q * T + block * STEP
+        cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
         xs = ()
-        deltas = ()
-        Bs = ()
-        Cs = ()
+        held = ()
+        sources = ()
         for s in tl.static_range(STEP):
-            token = q * T + block * STEP + s
-            inside = token < length
-            xs += (tl.load(x + token * x_token, inside & valid, other=0.), )
-            deltas += (tl.load(delta + token * d_token, inside & valid, other=0.), )
-            for n in tl.static_range(N):
-                Bs += (tl.load(B + token * b_token + n * b_state, inside, other=0.), )
-                Cs += (tl.load(C + token * c_token + n * c_state, inside, other=0.), )
+            inside = first + s < length
+            xs += (tl.load(x + cells[s] * x_token, inside & valid, other=0.), )
+            held += (tl.load(rows + cells[s] * r_token, inside & in_row, other=0.).to(tl.float32), )
+            if RANK == 0:
+                sources += (tl.load(delta + cells[s] * d_token, inside & valid, other=0.), )
+            else:
+                sources += (held[s], )
         for s in tl.static_range(STEP):
-            token = q * T + block * STEP + s
-            inside = token < length
-            dt, _ = _step_size(deltas[s], shift, inside, SOFTPLUS)
+            inside = first + s < length
+            dt, _ = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             out = skip * value
             next_h = ()
             for n in tl.static_range(N):
-                drive = dt * value * Bs[s * N + n].to(tl.float32)
-                next_h += (tl.exp(dt * rate[n]) * h[n] + drive, )
-                out += next_h[n] * Cs[s * N + n].to(tl.float32)
+                drive = dt * value * _value(held[s], RANK + n)
+                next_h += (tl.exp(dt * rates[n]) * h[n] + drive, )
+                out += next_h[n] * _value(held[s], RANK + N + n)
             h = next_h
-            tl.store(y + token * g_token, out.to(y.dtype.element_ty), inside & valid)
+            tl.store(y + cells[s] * channels, out.to(y.dtype.element_ty), inside & valid)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
-        x, delta, A, B, C, D, bias, grad, decay, state, entry,
-        dx, ddelta, dB, dC, sums,
-        length, chunks, groups, dim,
-        x_batch, x_channel, x_token, d_batch, d_channel, d_token,
-        b_batch, b_group, b_state, b_token, c_batch, c_group, c_state, c_token,
-        g_batch, g_channel, g_token,
-        N: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
-        CHANNELS: tl.constexpr, TILES: tl.constexpr, SOFTPLUS: tl.constexpr):
+        x, delta, weight, rows, A, D, bias, grad, decay, state, entry,
+        dx, ddelta, drows, sums,
+        height, width, chunks, groups, dim,
+        x_batch, x_group, x_channel, x_token, d_batch, d_group, d_channel, d_token,
+        r_batch, r_group, r_value, r_token,
+        g_batch, g_group, g_channel, g_token,
+        N: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
+        SOFTPLUS: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
+        CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Gradients of everything.
 
-    With r = decay * dL/dh, which goes from a token to the one before it. dx and ddelta are laid
-    out as (batch, L, channel); dB and dC are sums over a tile's channels, (part, batch, L,
-    group, N); sums holds dA, dD and dbias summed over a tile's tokens, (batch, tile, N + 2,
-    channel).
+    With r = decay * dL/dh, which goes from a token to the one before it. dx and, of a given step,
+    ddelta are laid out as (batch, cell, channel). `drows` holds the gradients of the rows, summed
+    over a tile's channels: (part, batch, cell, group, RANK + 2N). `sums` holds those of A, D,
+    bias and weight, summed over a tile's tokens: (batch, tile, N + 2 + RANK, channel).
     """
     part, group, tile, batch = _tile(chunks, groups, dim, CHUNKS, CHANNELS)
     q = tile * CHUNKS + tl.arange(0, CHUNKS)[:, None]
@@ -258,88 +324,91 @@ def backward_kernel(
     valid = c < dim
     channel = group * dim + c
     channels = groups * dim
-    x += batch * x_batch + channel * x_channel
-    delta += batch * d_batch + channel * d_channel
-    B += batch * b_batch + group.to(tl.int64) * b_group
-    C += batch * c_batch + group.to(tl.int64) * c_group
-    grad += batch * g_batch + channel * g_channel
+    length = height * width
+    x += batch * x_batch + group.to(tl.int64) * x_group + c * x_channel
+    if RANK == 0:
+        delta += batch * d_batch + group.to(tl.int64) * d_group + c * d_channel
+        ddelta += batch * length * channels + channel
+    lane = tl.arange(0, CHANNELS)[None, :]
+    in_row = lane < RANK + 2 * N
+    rows += batch * r_batch + group.to(tl.int64) * r_group + lane * r_value
+    grad += batch * g_batch + group.to(tl.int64) * g_group + c * g_channel
     dx += batch * length * channels + channel
-    ddelta += batch * length * channels + channel
     batches = tl.num_programs(0) // (tl.cdiv(dim, CHANNELS) * groups * (chunks // CHUNKS))
-    dB += ((part * batches + batch) * length * groups + group) * N
-    dC += ((part * batches + batch) * length * groups + group) * N
+    drows += ((part * batches + batch) * length * groups + group) * (RANK + 2 * N) + lane
     shift = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
         shift = tl.load(bias + channel, valid, other=0.)
     skip = tl.zeros((1, CHANNELS), tl.float32)
     if D is not None:
         skip = tl.load(D + channel, valid, other=0.)
-    rate = ()
+    weights = _columns(weight, channel, valid, RANK)
+    rates = _columns(A, channel, valid, N)
     r = ()
     dA = ()
     for n in tl.static_range(N):
-        rate += (tl.load(A + channel * N + n, valid, other=0.), )
         dA += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
         r += (_entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
                         N, CHUNKS, CHANNELS, TILES), )
     dD = tl.zeros((CHUNKS, CHANNELS), tl.float32)
     dbias = tl.zeros((CHUNKS, CHANNELS), tl.float32)
+    dweight = ()
+    for k in tl.static_range(RANK):
+        dweight += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
 
-    # the first lane stores what is summed over the lanes: in the layout of the other stores
-    lane = tl.arange(0, CHANNELS)[None, :]
     for reverse_block in range(T // STEP):
         block = T // STEP - 1 - reverse_block
         stop = batch * (chunks * T // STEP) + chunk * (T // STEP) + block
         h = ()
         for n in tl.static_range(N):
             h += (tl.load(entry + (stop * N + n) * channels + channel, valid, other=0.), )
+        first = chunk * T + block * STEP
+        cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
         xs = ()
-        deltas = ()
+        held = ()
+        sources = ()
         grads = ()
-        Bs = ()
         for s in tl.static_range(STEP):
-            token = chunk * T + block * STEP + s
-            inside = token < length
-            xs += (tl.load(x + token * x_token, inside & valid, other=0.), )
-            deltas += (tl.load(delta + token * d_token, inside & valid, other=0.), )
-            grads += (tl.load(grad + token * g_token, inside & valid, other=0.), )
-            for n in tl.static_range(N):
-                Bs += (tl.load(B + token * b_token + n * b_state, inside, other=0.), )
+            inside = first + s < length
+            xs += (tl.load(x + cells[s] * x_token, inside & valid, other=0.), )
+            held += (tl.load(rows + cells[s] * r_token, inside & in_row, other=0.).to(tl.float32), )
+            if RANK == 0:
+                sources += (tl.load(delta + cells[s] * d_token, inside & valid, other=0.), )
+            else:
+                sources += (held[s], )
+            grads += (tl.load(grad + cells[s] * g_token, inside & valid, other=0.), )
         before = ()  # the states before each token of the block, n fastest; and the last
         for s in tl.static_range(STEP):
-            token = chunk * T + block * STEP + s
-            dt, _ = _step_size(deltas[s], shift, token < length, SOFTPLUS)
+            dt, _ = _step_size(sources[s], weights, shift, first + s < length, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             before += h
             next_h = ()
             for n in tl.static_range(N):
-                drive = dt * value * Bs[s * N + n].to(tl.float32)
-                next_h += (tl.exp(dt * rate[n]) * h[n] + drive, )
+                drive = dt * value * _value(held[s], RANK + n)
+                next_h += (tl.exp(dt * rates[n]) * h[n] + drive, )
             h = next_h
         before += h
 
         for s in tl.static_range(STEP - 1, -1, -1):
-            token = chunk * T + block * STEP + s
-            inside = token < length
-            dt, raw = _step_size(deltas[s], shift, inside, SOFTPLUS)
+            inside = first + s < length
+            dt, raw = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             dy = grads[s].to(tl.float32)
             into = tl.zeros((CHUNKS, CHANNELS), tl.float32)  # of dt * x
             exponent = tl.zeros((CHUNKS, CHANNELS), tl.float32)  # of dt through the decay
+            drow = tl.zeros((CHUNKS, CHANNELS), tl.float32)
             next_r = ()
             next_dA = ()
             for n in tl.static_range(N):
-                at = token * (groups * N) + n + lane
-                C_n = tl.load(C + token * c_token + n * c_state, inside, other=0.)
-                of_C = _over_channels(dy * before[(s + 1) * N + n])
-                tl.store(dC + at, of_C, inside & (lane == 0))
-                dh = dy * C_n.to(tl.float32) + r[n]
-                into += dh * Bs[s * N + n].to(tl.float32)
-                of_B = _over_channels(dh * (dt * value))
-                tl.store(dB + at, of_B, inside & (lane == 0))
-                next_r += (tl.exp(dt * rate[n]) * dh, )
+                of_C = tl.sum(dy * before[(s + 1) * N + n], 1)[:, None]
+                drow = tl.where(lane == RANK + N + n, of_C, drow)
+                dh = dy * _value(held[s], RANK + N + n) + r[n]
+                into += dh * _value(held[s], RANK + n)
+                of_B = tl.sum(dh * (dt * value), 1)[:, None]
+                drow = tl.where(lane == RANK + n, of_B, drow)
+                next_r += (tl.exp(dt * rates[n]) * dh, )
                 of_exponent = next_r[n] * before[s * N + n]
-                exponent += of_exponent * rate[n]
+                exponent += of_exponent * rates[n]
                 next_dA += (dA[n] + of_exponent * dt, )
             r = next_r
             dA = next_dA
@@ -349,11 +418,22 @@ def backward_kernel(
             dD += dy * value
             dbias += ddt
             out = into * dt + dy * skip
-            tl.store(dx + token * channels, out.to(dx.dtype.element_ty), inside & valid)
-            tl.store(ddelta + token * channels, ddt.to(ddelta.dtype.element_ty), inside & valid)
+            tl.store(dx + cells[s] * channels, out.to(dx.dtype.element_ty), inside & valid)
+            if RANK == 0:
+                tl.store(ddelta + cells[s] * channels, ddt.to(ddelta.dtype.element_ty),
+                         inside & valid)
+            next_dweight = ()
+            for k in tl.static_range(RANK):
+                next_dweight += (dweight[k] + ddt * _value(held[s], k), )
+                drow = tl.where(lane == k, tl.sum(ddt * weights[k], 1)[:, None], drow)
+            dweight = next_dweight
+            tl.store(drows + cells[s] * (groups * (RANK + 2 * N)),
+                     drow.to(drows.dtype.element_ty), inside & in_row)
 
-    sums += (batch * (chunks // CHUNKS) + tile) * (N + 2) * channels + channel
+    sums += (batch * (chunks // CHUNKS) + tile) * (N + 2 + RANK) * channels + channel
     for n in tl.static_range(N):
         tl.store(sums + n * channels, tl.sum(dA[n], 0)[None, :], valid)
     tl.store(sums + N * channels, tl.sum(dD, 0)[None, :], valid)
     tl.store(sums + (N + 1) * channels, tl.sum(dbias, 0)[None, :], valid)
+    for k in tl.static_range(RANK):
+        tl.store(sums + (N + 2 + k) * channels, tl.sum(dweight[k], 0)[None, :], valid)
