@@ -1,4 +1,5 @@
-"""The public doors of the scan: everything else in this package is behind them."""
+"""The public doors of the scan and of what stands around it: all else is behind them."""
+from .around_scan import depthwise_conv
 from .directional_scan import directional_scan, grouped_linear
 from .directions import DIRECTIONS, from_sequences, to_sequences
 from .selective_scan import (
@@ -11,6 +12,6 @@ from .selective_scan import (
 
 __all__ = [
     'DIRECTIONS', 'BackendUnavailableError', 'available_backends', 'check_backend',
-    'directional_scan', 'from_sequences', 'grouped_linear', 'resolve_backend', 'selective_scan',
-    'to_sequences'
+    'depthwise_conv', 'directional_scan', 'from_sequences', 'grouped_linear', 'resolve_backend',
+    'selective_scan', 'to_sequences'
 ]

@@ -1,0 +1,96 @@
+"""What stands around the scan, each one operation on a channels-last map: shapes, checks and
+definitions.
+
+Each operator has the backends of ``_BACKENDS``: 'torch' is the definition, which is written in the
+operator itself; another is a module with a function of the operator's name and::
+
+    why_not(device_type: str) -> str | None   # None: it runs on such a device
+
+Precision is the arguments', whatever autocast says, but for the sums inside: float32 at least.
+"""
+from collections.abc import Callable
+from types import ModuleType
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import around_scan_triton
+from .selective_scan import BackendUnavailableError
+
+_BACKENDS: dict[str, Optional[ModuleType]] = {
+    'torch': None,
+    'triton': around_scan_triton,
+}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    'gelu': F.gelu,
+    'silu': F.silu,
+    'none': lambda x: x,
+}
+
+
+def depthwise_conv(x: Tensor,
+                   weight: Tensor,
+                   bias: Tensor,
+                   activation: str,
+                   backend: str = 'torch') -> Tensor:
+    """Depthwise 3x3 convolution of a map that keeps H and W, and its activation.
+
+    Args:
+        x: Map (batch, H, W, C), floating.
+        weight: (C, 1, 3, 3), as nn.Conv2d's.
+        bias: (C,).
+        activation: 'gelu' (the exact one), 'silu' or 'none'.
+        backend: 'torch' or 'triton'. The Triton kernels keep only x for the backward.
+
+    Returns:
+        (batch, H, W, C) in x's dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or an option is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('depthwise_conv: x must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'depthwise_conv: unknown activation {activation!r}: choose one of '
+                         f'{", ".join(_ACTIVATIONS)}')
+    channels = x.shape[3]
+    _check('depthwise_conv', x.device, x=(x, x.shape), weight=(weight, (channels, 1, 3, 3)),
+           bias=(bias, (channels, )))
+    module = _module('depthwise_conv', backend, x.device.type)
+    if module is not None:
+        return module.depthwise_conv(x, weight, bias, activation)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=1,
+                     groups=channels)
+        return _ACTIVATIONS[activation](y.permute(0, 2, 3, 1))
+
+
+def _module(operator: str, backend: str, device_type: str) -> Optional[ModuleType]:
+    """The backend's module, checked; None means the definition."""
+    if backend not in _BACKENDS:
+        raise ValueError(f'{operator}: unknown backend {backend!r}: choose one of '
+                         f'{", ".join(_BACKENDS)}')
+    module = _BACKENDS[backend]
+    if module is None or torch.compiler.is_compiling():  # the check imports: no graph for it
+        return module
+    reason = module.why_not(device_type)
+    if reason is not None:
+        raise BackendUnavailableError(f'{operator}: backend {backend!r} cannot run: {reason}')
+    return module
+
+
+def _check(operator: str, device: torch.device,
+           **expected: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise unless each tensor has its shape, is on the map's device and floating."""
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f'{operator}: {name} must be {tuple(shape)}, got '
+                             f'{tuple(tensor.shape)}')
+        if tensor.device != device:
+            raise ValueError(f'{operator}: {name} is on {tensor.device}, the map on {device}')
+        if not tensor.is_floating_point():
+            raise ValueError(f'{operator}: {name} must be real floating, got {tensor.dtype}')
