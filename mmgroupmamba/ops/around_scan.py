@@ -69,6 +69,92 @@ def depthwise_conv(x: Tensor,
         return _ACTIVATIONS[activation](y.permute(0, 2, 3, 1))
 
 
+def add_layer_norm(x: Tensor,
+                   residual: Tensor,
+                   weight: Tensor,
+                   bias: Tensor,
+                   eps: float = 1e-5,
+                   norm_dtype: Optional[torch.dtype] = None,
+                   backend: str = 'torch') -> tuple[Tensor, Tensor]:
+    """The residual stream after an addition, and its LayerNorm over the channels.
+
+    Args:
+        x: What is added, (batch, H, W, C), floating.
+        residual: The stream, of x's shape.
+        weight, bias: Of the norm, (C,).
+        eps: Added to the variance.
+        norm_dtype: Of the norm; None means what F.layer_norm gives: float32 under autocast on
+            CUDA, else the sum's. To ask for the dtype of the linear layer that comes next saves
+            its cast.
+        backend: 'torch' or 'triton'. The Triton kernels keep only the sum for the backward.
+
+    Returns:
+        x + residual in the dtype of PyTorch's addition, and its norm; statistics are of the
+        rounded sum, in float32 at least.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('add_layer_norm: x must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    channels = (x.shape[3], )
+    _check('add_layer_norm', x.device, x=(x, x.shape), residual=(residual, x.shape),
+           weight=(weight, channels), bias=(bias, channels))
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    if norm_dtype is None:
+        amp = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')
+        norm_dtype = torch.float32 if amp and dtype != torch.float64 else dtype
+    module = _module('add_layer_norm', backend, x.device.type)
+    if module is not None:
+        return module.add_layer_norm(x, residual, weight, bias, eps, norm_dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        total = x + residual
+        normed = F.layer_norm(total.to(wide), channels, weight.to(wide), bias.to(wide), eps)
+        return total, normed.to(norm_dtype)
+
+
+def gated_layer_norm(y: Tensor,
+                     gate: Tensor,
+                     weight: Tensor,
+                     bias: Tensor,
+                     eps: float = 1e-5,
+                     backend: str = 'torch') -> Tensor:
+    """LayerNorm over the channels of each group of the scan's output, times SiLU of the gate.
+
+    Args:
+        y: The scan's output, (batch, H, W, G, d), floating.
+        gate: Before its SiLU, (batch, H, W, G * d).
+        weight, bias: Of the norms, (G, d).
+        eps: Added to the variance.
+        backend: 'torch' or 'triton'. The Triton kernels keep only the arguments for the backward.
+
+    Returns:
+        (batch, H, W, G * d) in the gate's dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    if y.dim() != 5 or 0 in y.shape:
+        raise ValueError('gated_layer_norm: y must be (batch, H, W, G, d) and not empty, got '
+                         f'{tuple(y.shape)}')
+    grouped = y.shape[3:]
+    _check('gated_layer_norm', y.device, y=(y, y.shape),
+           gate=(gate, (*y.shape[:3], grouped.numel())), weight=(weight, grouped),
+           bias=(bias, grouped))
+    module = _module('gated_layer_norm', backend, y.device.type)
+    if module is not None:
+        return module.gated_layer_norm(y, gate, weight, bias, eps)
+    with torch.autocast(y.device.type, enabled=False):
+        wide = torch.promote_types(y.dtype, torch.float32)
+        normed = F.layer_norm(y.to(wide), grouped[1:], eps=eps)
+        normed = torch.addcmul(bias.to(wide), normed, weight.to(wide)).flatten(-2)
+        return normed.to(gate.dtype) * F.silu(gate)
+
+
 def _module(operator: str, backend: str, device_type: str) -> Optional[ModuleType]:
     """The backend's module, checked; None means the definition."""
     if backend not in _BACKENDS:

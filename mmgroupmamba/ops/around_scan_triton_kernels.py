@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # no recompilation when these become 1 or a multiple of 16
-RUNTIME = ['batch', 'height', 'width', 'rows', 'units']
+RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks']
 
 
 @triton.jit
@@ -263,3 +263,127 @@ def conv_backward_kernel(
     sums += tl.program_id(0) // tl.cdiv(channels, CHANNELS) * 10 * channels + c
     for j in tl.static_range(10):
         tl.store(sums + j * channels, tl.sum(partial[j], 0)[None, :], c < channels)
+
+
+@triton.jit
+def _normed(x, inside, dim, eps):
+    """Rows, zero outside, to mean 0 and variance 1; and 1 / deviation, (ROWS, 1)."""
+    mean = tl.sum(x, 1)[:, None] / dim
+    centred = tl.where(inside, x - mean, 0.)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / dim + eps)
+    return centred * scale, scale
+
+
+@triton.jit
+def _normed_backward(grad, normed, scale, dim):
+    """The gradient of what was normed."""
+    mean = tl.sum(grad, 1)[:, None] / dim
+    along = tl.sum(grad * normed, 1)[:, None] / dim
+    return scale * (grad - mean - normed * along)
+
+
+@triton.jit
+def _rows(block, group, tokens, groups, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets of a tile of tokens of one group, (ROWS, BLOCK), and which are inside the map."""
+    token = block * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    at = (token.to(tl.int64) * groups + group) * dim + column
+    return at, (token < tokens) & (column < dim)
+
+
+@triton.jit
+def _affine(weight, bias, group, dim, BLOCK: tl.constexpr):
+    """A group's weight and bias, (1, BLOCK), and where they are."""
+    column = tl.arange(0, BLOCK)[None, :]
+    at = group * dim + column
+    w = tl.load(weight + at, column < dim, other=0.).to(tl.float32)
+    b = tl.load(bias + at, column < dim, other=0.).to(tl.float32)
+    return w, b, at, column < dim
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, eps,
+                        ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program is ROWS tokens of a group; the groups of a token run side by side."""
+    dim = units * ALIGN
+    group = tl.program_id(0) % groups
+    at, inside = _rows(tl.program_id(0) // groups, group, tokens, groups, dim, ROWS, BLOCK)
+    w, b, _, _ = _affine(weight, bias, group, dim, BLOCK)
+    normed, _ = _normed(tl.load(y + at, inside, other=0.).to(tl.float32), inside, dim, eps)
+    g = tl.load(gate + at, inside, other=0.).to(tl.float32)
+    value = (normed * w + b) * (g * _sigmoid(g))
+    tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, groups, units,
+                         blocks, eps,
+                         ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dy and dgate; the sums for weight and bias over `blocks` tiles: (program, 2, channel)."""
+    dim = units * ALIGN
+    group = tl.program_id(0) % groups
+    part = tl.program_id(0) // groups
+    w, b, column, known = _affine(weight, bias, group, dim, BLOCK)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    block = part * blocks
+    while block < (part + 1) * blocks:
+        at, inside = _rows(block, group, tokens, groups, dim, ROWS, BLOCK)
+        dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
+        g = tl.load(gate + at, inside, other=0.).to(tl.float32)
+        value = tl.load(y + at, inside, other=0.).to(tl.float32)
+        normed, scale = _normed(value, inside, dim, eps)
+        s = _sigmoid(g)
+        through = dout * (g * s)  # of normed * w + b
+        dg = dout * (normed * w + b) * (s * (1. + g * (1. - s)))
+        tl.store(dgate + at, dg.to(dgate.dtype.element_ty), inside)
+        dvalue = _normed_backward(through * w, normed, scale, dim)
+        tl.store(dy + at, dvalue.to(dy.dtype.element_ty), inside)
+        dweight += through * normed
+        dbias += through
+        block += 1
+    sums += part * 2 * groups * dim + column
+    tl.store(sums, tl.sum(dweight, 0)[None, :], known)
+    tl.store(sums + groups * dim, tl.sum(dbias, 0)[None, :], known)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def add_norm_forward_kernel(x, residual, weight, bias, total, out, tokens, units, eps,
+                            ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """x + residual, rounded, and its LayerNorm; a program is ROWS tokens."""
+    dim = units * ALIGN
+    at, inside = _rows(tl.program_id(0), 0, tokens, 1, dim, ROWS, BLOCK)
+    w, b, _, _ = _affine(weight, bias, 0, dim, BLOCK)
+    value = tl.load(x + at, inside, other=0.).to(tl.float32)
+    value += tl.load(residual + at, inside, other=0.).to(tl.float32)
+    value = value.to(total.dtype.element_ty)
+    tl.store(total + at, value, inside)
+    normed, _ = _normed(value.to(tl.float32), inside, dim, eps)
+    tl.store(out + at, (normed * w + b).to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def add_norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, units, blocks, eps,
+                             ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of the sum; those of weight and bias summed as in gate_backward_kernel."""
+    dim = units * ALIGN
+    part = tl.program_id(0)
+    w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    block = part * blocks
+    while block < (part + 1) * blocks:
+        at, inside = _rows(block, 0, tokens, 1, dim, ROWS, BLOCK)
+        dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
+        value = tl.load(total + at, inside, other=0.).to(tl.float32)
+        normed, scale = _normed(value, inside, dim, eps)
+        dvalue = _normed_backward(dout * w, normed, scale, dim)
+        if grad_total is not None:
+            dvalue += tl.load(grad_total + at, inside, other=0.).to(tl.float32)
+        tl.store(dx + at, dvalue.to(dx.dtype.element_ty), inside)
+        dweight += dout * normed
+        dbias += dout
+        block += 1
+    sums += part * 2 * dim + column
+    tl.store(sums, tl.sum(dweight, 0)[None, :], known)
+    tl.store(sums + dim, tl.sum(dbias, 0)[None, :], known)

@@ -10,7 +10,14 @@ from test_scan_triton import Recorder, compile_launch, compiles, passed_in_the_i
 from test_selective_scan import DEVICE, relative
 
 from mmgroupmamba import ops
-from mmgroupmamba.ops import BackendUnavailableError, around_scan_triton, depthwise_conv
+from mmgroupmamba.models.layers import GroupedLayerNorm
+from mmgroupmamba.ops import (
+    BackendUnavailableError,
+    add_layer_norm,
+    around_scan_triton,
+    depthwise_conv,
+    gated_layer_norm,
+)
 from mmgroupmamba.ops.scan_triton import why_not
 
 ACTIVATIONS = ('gelu', 'silu', 'none')
@@ -24,6 +31,25 @@ def randn(*shape, seed=0):
 def conv_inputs(batch=2, height=5, width=3, channels=20):
     return dict(x=randn(batch, height, width, channels), weight=randn(channels, 1, 3, 3, seed=1),
                 bias=randn(channels, seed=2))
+
+
+def gate_inputs(batch=2, height=5, width=3, groups=4, dim=5):
+    return dict(y=randn(batch, height, width, groups, dim),
+                gate=randn(batch, height, width, groups * dim, seed=1),
+                weight=randn(groups, dim, seed=2), bias=randn(groups, dim, seed=3))
+
+
+def norm_inputs(batch=2, height=5, width=3, channels=20):
+    shape = batch, height, width, channels
+    return dict(x=randn(*shape), residual=randn(*shape, seed=1), weight=randn(channels, seed=2),
+                bias=randn(channels, seed=3))
+
+
+CASES = [
+    ('depthwise_conv', conv_inputs, dict(activation='gelu')),
+    ('gated_layer_norm', gate_inputs, {}),
+    ('add_layer_norm', norm_inputs, {}),
+]
 
 
 def run(operator, inputs, backend, **options):
@@ -57,7 +83,7 @@ def check(operator, inputs, dtypes, backend='triton', tolerance=1e-6, **options)
 @pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
                     reason='the kernels run in this process, or there is no Triton')
 def test_in_the_interpreter():
-    assert passed_in_the_interpreter(__file__) > 15
+    assert passed_in_the_interpreter(__file__) > 40
 
 
 @pytest.mark.parametrize('activation', ACTIVATIONS)
@@ -70,14 +96,48 @@ def test_depthwise_conv_is_the_module(activation):
     assert torch.equal(depthwise_conv(**inputs, activation=activation), want)
 
 
-@pytest.mark.parametrize('operator, inputs, options', [
-    ('depthwise_conv', conv_inputs, dict(activation='silu'))])
+def test_gated_layer_norm_is_the_layers():
+    inputs = gate_inputs()
+    norm = GroupedLayerNorm(5).to(DEVICE, torch.float64)
+    norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    want = norm(inputs['y']).flatten(-2) * F.silu(inputs['gate'])
+    assert torch.equal(gated_layer_norm(**inputs), want)
+
+
+def test_add_layer_norm_is_the_layers():
+    inputs = norm_inputs()
+    norm = nn.LayerNorm(20, eps=1e-6).to(DEVICE, torch.float64)
+    norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    total, normed = add_layer_norm(**inputs, eps=1e-6)
+    assert torch.equal(total, inputs['x'] + inputs['residual'])
+    assert torch.equal(normed, norm(total))
+
+
+@pytest.mark.parametrize('operator, inputs, options', CASES)
 def test_precision_is_the_arguments(operator, inputs, options):
     with torch.autocast(DEVICE, torch.bfloat16):
         check(operator, inputs(), torch.float32, 'torch', **options)
     mixed = {k: torch.bfloat16 if k in ('x', 'gate') else torch.float32 for k in inputs()}
     outputs = check(operator, inputs(), mixed, 'torch', tolerance=2 ** -7, **options)
-    assert outputs[-1].dtype == torch.bfloat16
+    assert outputs[-1].dtype == (torch.float32 if 'residual' in mixed else torch.bfloat16)
+
+
+@pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
+def test_dtypes_of_add_layer_norm(backend):
+    """As PyTorch's addition and F.layer_norm have them, unless the norm's is asked for."""
+    half, full = torch.bfloat16, torch.float32
+    for autocast in (False, True):
+        for x, residual in ((half, half), (half, full), (full, half), (full, full)):
+            inputs = {k: v.to(dict(x=x, residual=residual).get(k, full))
+                      for k, v in norm_inputs(1, 1, 1, 4).items()}
+            with torch.autocast(DEVICE, half, enabled=autocast):
+                got = add_layer_norm(**inputs, backend=backend)
+                total = inputs['x'] + inputs['residual']
+                weights = [inputs[k].to(total.dtype) for k in ('weight', 'bias')]
+                want = total, F.layer_norm(total, (4, ), *weights)
+                asked = add_layer_norm(**inputs, norm_dtype=half, backend=backend)
+            assert [t.dtype for t in got] == [t.dtype for t in want]
+            assert [t.dtype for t in asked] == [total.dtype, half]
 
 
 @runs
@@ -92,8 +152,8 @@ def test_depthwise_conv(activation, shape):
 @runs
 def test_depthwise_conv_in_parts():
     """Columns in parts of rows."""
-    assert around_scan_triton.conv_sizes(1, 20, 5, 20, 4)[1] == 7
-    check('depthwise_conv', conv_inputs(1, 20, 5), torch.float32, activation='gelu')
+    assert around_scan_triton.conv_sizes(1, 11, 3, 20, 4)[1] == 6
+    check('depthwise_conv', conv_inputs(1, 11, 3), torch.float32, activation='gelu')
 
 
 @runs
@@ -116,16 +176,61 @@ def test_depthwise_conv_of_large_values(activation):
 
 
 @runs
+@pytest.mark.parametrize('shape', [
+    (1, 1, 1, 4, 5), (2, 1, 7, 4, 16), (1, 7, 1, 4, 87), (2, 5, 3, 2, 1), (1, 1, 2, 1, 130),
+])
+def test_gated_layer_norm(shape):
+    check('gated_layer_norm', gate_inputs(*shape), torch.float32)
+
+
+@runs
+@pytest.mark.parametrize('shape', [
+    (1, 1, 1, 20), (2, 1, 7, 20), (1, 7, 1, 348), (2, 5, 3, 20), (1, 1, 2, 1100),
+])
+def test_add_layer_norm(shape):
+    check('add_layer_norm', norm_inputs(*shape), torch.float32, eps=1e-6)
+
+
+@runs
+@pytest.mark.parametrize('used', [0, 1])
+def test_add_layer_norm_of_which_one_output_is_used(used):
+    inputs = {k: v.float().requires_grad_() for k, v in norm_inputs().items()}
+    grads = [torch.autograd.grad(add_layer_norm(**inputs, backend=backend)[used].square().sum(),
+                                 list(inputs.values()), allow_unused=True)
+             for backend in ('torch', 'triton')]
+    for want, got in zip(*grads):
+        assert (want is None) == (got is None)
+        assert want is None or relative(got, want) < 2e-6
+
+
+@runs
+def test_norms_sum_over_many_tiles(monkeypatch):
+    monkeypatch.setattr(around_scan_triton, '_PARTS', 2)
+    assert around_scan_triton.norm_sizes(2 * 30 * 11, 20)[1:] == (21, 11)
+    check('add_layer_norm', norm_inputs(2, 30, 11), torch.float32)
+    check('gated_layer_norm', gate_inputs(2, 30, 11), torch.float32)
+
+
+@runs
+def test_norms_of_large_values():
+    scale = (10. ** torch.arange(-1., 14.).to(DEVICE)).view(1, 5, 3, 1)  # of each token
+    inputs = norm_inputs()
+    check('add_layer_norm', dict(inputs, x=inputs['x'] * scale), torch.float32)
+    inputs = gate_inputs()
+    inputs.update(y=inputs['y'] * scale[..., None], gate=inputs['gate'] * 40)
+    check('gated_layer_norm', inputs, torch.float32)
+
+
+@runs
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_depthwise_conv_in_half_precision(dtype):
-    eps = torch.finfo(dtype).eps
-    outputs = check('depthwise_conv', conv_inputs(), dtype, tolerance=eps / 2, activation='gelu')
-    assert outputs[0].dtype == dtype
-    mixed = dict(x=dtype, weight=torch.float32, bias=torch.float32)
-    check('depthwise_conv', conv_inputs(), mixed, tolerance=eps / 2, activation='silu')
-
-
-CASES = [('depthwise_conv', conv_inputs, dict(activation='gelu'))]
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_half_precision_is_float32_inside(operator, inputs, options, dtype):
+    # the sum is rounded before it is normed, as PyTorch's
+    tolerance = torch.finfo(dtype).eps / (1 if operator == 'add_layer_norm' else 2)
+    outputs = check(operator, inputs(1), dtype, tolerance=tolerance, **options)
+    assert all(y.dtype == dtype for y in outputs)
+    mixed = {k: dtype if k in ('x', 'gate', 'residual') else torch.float32 for k in inputs()}
+    check(operator, inputs(1), mixed, tolerance=tolerance, **options)
 
 
 @runs
@@ -172,6 +277,22 @@ def check_operator(operator, *args, autograd):
 
 
 @runs
+def test_norms_operators_are_what_torch_library_is_told():
+    inputs = [v.float().requires_grad_() for v in gate_inputs(1, 2).values()]
+    check_operator(around_scan_triton._gate_forward, *inputs, 1e-5, autograd=True)
+    y, gate, weight, bias = (v.detach() for v in inputs)
+    check_operator(around_scan_triton._gate_backward, gate, y, gate, weight, bias, 1e-5,
+                   autograd=False)
+    inputs = [v.float().requires_grad_() for v in norm_inputs(1, 2).values()]
+    check_operator(around_scan_triton._add_norm_forward, *inputs, 1e-5, torch.bfloat16,
+                   autograd=True)
+    x, total, weight, _ = (v.detach() for v in inputs)
+    for grad_total in (None, x):
+        check_operator(around_scan_triton._add_norm_backward, grad_total, x, total, weight, 1e-5,
+                       autograd=False)
+
+
+@runs
 def test_conv_operators_are_what_torch_library_is_told():
     x, weight, bias = (v.float().requires_grad_() for v in conv_inputs(1, 2).values())
     check_operator(around_scan_triton._conv_forward, x, weight, bias, 'gelu', autograd=True)
@@ -199,6 +320,10 @@ def test_backend_by_name_never_falls_back(monkeypatch, operator, inputs, options
 @pytest.mark.parametrize('operator, inputs, options, name, shape', [
     (*CASES[0], 'x', (2, 5, 20)), (*CASES[0], 'x', (2, 0, 3, 20)),
     (*CASES[0], 'weight', (20, 3, 3)), (*CASES[0], 'bias', (20, 1)),
+    (*CASES[1], 'y', (2, 5, 3, 20)), (*CASES[1], 'gate', (2, 5, 3, 4, 5)),
+    (*CASES[1], 'weight', (20, )), (*CASES[1], 'bias', (4, 1)),
+    (*CASES[2], 'x', (2, 15, 20)), (*CASES[2], 'residual', (5, 3, 20)),
+    (*CASES[2], 'weight', (1, )), (*CASES[2], 'bias', (20, 1)),
 ])
 def test_wrong_shape_is_named(operator, inputs, options, name, shape):
     with pytest.raises(ValueError, match=f'{operator}: {name} must be'):
@@ -228,6 +353,8 @@ def launches_of(monkeypatch, operator, inputs, dtypes, **options):
         if name.endswith('_kernel'):
             kernel = getattr(around_scan_triton_kernels, name)
             monkeypatch.setattr(around_scan_triton_kernels, name, Recorder(kernel, launches))
+    if isinstance(dtypes, torch.dtype):
+        dtypes = dict.fromkeys(inputs, dtypes)
     inputs = {k: torch.empty(v.shape, dtype=dtypes[k]).requires_grad_() for k, v in inputs.items()}
     outputs = getattr(around_scan_triton, operator)(**inputs, **options)
     outputs = (outputs, ) if isinstance(outputs, torch.Tensor) else outputs
@@ -256,10 +383,29 @@ def test_few_variants_of_the_convolution(monkeypatch):
 
 
 @compiles
+def test_few_variants_of_the_norms(monkeypatch):
+    launches = []
+    for c in CHANNELS:
+        for shape in ((1, 1, 1), (1, 7, 7), (2, 25, 42)):
+            for operator, inputs in (('gated_layer_norm', gate_inputs(*shape, 4, c // 4)),
+                                     ('add_layer_norm', norm_inputs(*shape, c))):
+                options = dict(norm_dtype=torch.float32) if operator == 'add_layer_norm' else {}
+                launches += launches_of(monkeypatch, operator, inputs, torch.float32, eps=1e-5,
+                                        **options)
+    assert len(variants(launches)) == 2 * 6 + 2 * 5  # two kernels of each operator
+
+
+@compiles
 @pytest.mark.parametrize('arch', [80, 90])
 @pytest.mark.parametrize('operator, inputs, options, dtype', [
     ('depthwise_conv', conv_inputs(1, 1, 1, 512), dict(activation='gelu'), torch.bfloat16),
     ('depthwise_conv', conv_inputs(1, 1, 1, 348), dict(activation='silu'), torch.float32),
+    ('gated_layer_norm', gate_inputs(1, 1, 1, 4, 87), dict(eps=1e-5), torch.bfloat16),
+    ('gated_layer_norm', gate_inputs(1, 1, 1, 4, 128), dict(eps=1e-5), torch.float32),
+    ('add_layer_norm', norm_inputs(1, 1, 1, 348),
+     dict(eps=1e-5, norm_dtype=torch.float32), torch.bfloat16),
+    ('add_layer_norm', norm_inputs(1, 1, 1, 512),
+     dict(eps=1e-5, norm_dtype=torch.float32), torch.float32),
 ])
 def test_compiles_without_spills(monkeypatch, operator, inputs, options, dtype, arch):
     dtypes = {k: dtype if k in ('x', 'gate', 'residual') else torch.float32 for k in inputs}
