@@ -51,7 +51,7 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser.add_argument('--amp', action='store_true', help='test under automatic mixed precision')
     parser.add_argument(
         '--fuse', action='store_true',
-        help='fold BatchNorm, norms and the two heads for inference: the same results, sooner')
+        help='fold BatchNorm and the two heads for inference: the same results, sooner')
     return parser.parse_args(argv)
 
 

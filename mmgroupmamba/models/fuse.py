@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 
 from mmgroupmamba.registry import HOOKS
 
-from .layers import Block
+from .groupmamba import GroupMamba
 
 
 @torch.no_grad()
@@ -20,7 +20,6 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fold a trained model for inference, in place; its outputs stay within 1e-5.
 
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
-    - scale and shift of the feed-forward's LayerNorm into the linear layer after it;
     - the two heads of a distilled classifier, whose average is the prediction, into one.
 
     The model is put in eval mode and takes no gradient afterwards. It has other parameters than
@@ -33,18 +32,13 @@ def fuse(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: There is no GroupMamba in it, or it was fused before.
+        ValueError: There is no GroupMamba in it.
     """
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    if not blocks:
-        raise ValueError(f'{type(model).__name__} has no GroupMamba block: there is nothing of '
+    if not any(isinstance(module, GroupMamba) for module in model.modules()):
+        raise ValueError(f'{type(model).__name__} has no GroupMamba in it: there is nothing of '
                          'ours to fuse')
-    if not blocks[0].norm.elementwise_affine:
-        raise ValueError('the model is fused already')
     model.eval()
     fuse_conv_bn(model)
-    for block in blocks:
-        _fold_norm(block.norm, block.ffn.fc1)
     for module in model.modules():
         if getattr(module, 'dist_fc', None) is not None:
             _fold_heads(module)
@@ -72,11 +66,3 @@ def _fold_heads(head: nn.Module) -> None:
     for name, parameter in head.fc.named_parameters():
         parameter.add_(head.dist_fc.get_parameter(name)).div_(2)
     head.dist_fc = None
-
-
-def _fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
-    """``W (w x + b) + c = (W w) x + (W b + c)``."""
-    linear.bias += linear.weight @ norm.bias
-    linear.weight *= norm.weight
-    norm.weight = norm.bias = None
-    norm.elementwise_affine = False

@@ -2,6 +2,7 @@
 
 Shaker et al., "GroupMamba: Efficient Group-Based Visual State Space Model", CVPR 2025.
 """
+from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmgroupmamba.checkpoint import load_backbone
-from mmgroupmamba.ops import check_backend
+from mmgroupmamba.ops import check_backend, check_fused_ops
 from mmgroupmamba.registry import MODELS
 
 from .layers import GROUPS, Block, Downsample, Stem, init_weights
@@ -114,12 +115,15 @@ class GroupMamba(BaseModule):
             belongs to the class token (:class:`~.classification.ClassBlockNeck`).
         scan_backend: 'auto', 'reference', 'blocked', 'mamba_ssm' or 'triton'; see
             :func:`mmgroupmamba.ops.selective_scan`.
+        fused_ops: Of 'depthwise_conv' (with bias and activation), 'add_layer_norm' (residual sum
+            and norm), 'gated_layer_norm' (the groups' norms and gate): those that run as one
+            Triton kernel each on CUDA. The others run as PyTorch defines them.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.
 
     Raises:
         ValueError: An argument is none of the above.
-        BackendUnavailableError: `scan_backend` names a backend that cannot run here.
+        BackendUnavailableError: `scan_backend` or `fused_ops` names what cannot run here.
     """
 
     def __init__(self,
@@ -131,6 +135,7 @@ class GroupMamba(BaseModule):
                  with_cp: bool = False,
                  final_norm: bool = True,
                  scan_backend: str = 'auto',
+                 fused_ops: Sequence[str] = (),
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch = resolve_arch(arch)
@@ -145,6 +150,7 @@ class GroupMamba(BaseModule):
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         check_backend(scan_backend)
+        check_fused_ops(fused_ops)
         if (isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
                 and not isinstance(init_cfg.get('checkpoint'), str)):
             raise ValueError(f'init_cfg of type Pretrained needs checkpoint=FILE, got {init_cfg}')
@@ -161,7 +167,7 @@ class GroupMamba(BaseModule):
                 Downsample(dims[i - 1], dims[i]) if i else
                 Stem(self.arch['stem_hidden_dim'], dims[0]))
             blocks = [
-                Block(dims[i], self.arch['mlp_ratios'][i], rate, scan_backend)
+                Block(dims[i], self.arch['mlp_ratios'][i], rate, scan_backend, fused_ops)
                 for rate in rates[i].tolist()
             ]
             norm = nn.LayerNorm(dims[i], eps=1e-6) if i < 3 or final_norm else nn.Identity()

@@ -7,6 +7,7 @@ Sources: GroupMamba (CVPR 2025), section 3 and equations 2 to 9; ``classificatio
 official repository for what the paper leaves open.
 """
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -14,9 +15,20 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from mmgroupmamba.ops import DIRECTIONS, directional_scan, grouped_linear
+from mmgroupmamba.ops import (
+    DIRECTIONS,
+    add_layer_norm,
+    depthwise_conv,
+    directional_scan,
+    gated_layer_norm,
+    grouped_linear,
+)
 
 GROUPS = len(DIRECTIONS)
+
+
+def backend_of(operator: str, fused_ops: Sequence[str]) -> str:
+    return 'triton' if operator in fused_ops else 'torch'
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -26,9 +38,17 @@ class ChannelsLastConv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def depthwise_conv(channels: int) -> ChannelsLastConv2d:
-    """3x3 depthwise convolution with bias that keeps H and W."""
-    return ChannelsLastConv2d(channels, channels, 3, padding=1, groups=channels)
+class DepthwiseConv(nn.Conv2d):
+    """3x3 depthwise convolution with bias and its activation, 'gelu' or 'silu': (B, H, W, C) in
+    and out."""
+
+    def __init__(self, channels: int, activation: str, fused_ops: Sequence[str] = ()) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.activation = activation
+        self.backend = backend_of('depthwise_conv', fused_ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv(x, self.weight, self.bias, self.activation, self.backend)
 
 
 class GroupedLinear(nn.Module):
@@ -45,18 +65,32 @@ class GroupedLinear(nn.Module):
         return grouped_linear(x, self.weight)
 
 
-class GroupedLayerNorm(nn.Module):
-    """LayerNorm over the channels of each of the four groups: (..., 4, d) -> (..., 4, d)."""
+class GatedLayerNorm(nn.Module):
+    """LayerNorm over the channels of each of the four groups, times SiLU of the gate.
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    (B, H, W, 4, d) and the gate (B, H, W, 4 * d) -> (B, H, W, 4 * d).
+    """
+
+    def __init__(self, channels: int, fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(GROUPS, channels))
         self.bias = nn.Parameter(torch.zeros(GROUPS, channels))
-        self.eps = eps
+        self.backend = backend_of('gated_layer_norm', fused_ops)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.bias, x, self.weight)
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        return gated_layer_norm(y, gate, self.weight, self.bias, backend=self.backend)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """A residual sum and its LayerNorm: two (B, H, W, C) -> (their sum, its norm)."""
+
+    def __init__(self, channels: int, eps: float, fused_ops: Sequence[str] = ()) -> None:
+        super().__init__(channels, eps=eps)
+        self.backend = backend_of('add_layer_norm', fused_ops)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(
+            x, residual, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 class GroupedSSM(nn.Module):
@@ -69,9 +103,14 @@ class GroupedSSM(nn.Module):
         channels: C, divisible by 4.
         d_state: N, states a channel.
         scan_backend: See :func:`mmgroupmamba.ops.selective_scan`.
+        fused_ops: See :class:`~.groupmamba.GroupMamba`.
     """
 
-    def __init__(self, channels: int, d_state: int = 1, scan_backend: str = 'auto') -> None:
+    def __init__(self,
+                 channels: int,
+                 d_state: int = 1,
+                 scan_backend: str = 'auto',
+                 fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.dim = channels // GROUPS
         self.d_state = d_state
@@ -80,13 +119,13 @@ class GroupedSSM(nn.Module):
 
         self.in_proj = GroupedLinear(self.dim, self.dim)
         self.gate_proj = GroupedLinear(self.dim, self.dim)
-        self.conv = depthwise_conv(channels)
+        self.conv = DepthwiseConv(channels, 'silu', fused_ops)
         self.x_proj = GroupedLinear(self.dim, self.dt_rank + 2 * d_state)
         self.dt_proj = GroupedLinear(self.dt_rank, self.dim)
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.A_log = nn.Parameter(torch.empty(channels, d_state))
         self.D = nn.Parameter(torch.empty(channels))
-        self.norm = GroupedLayerNorm(self.dim)
+        self.norm = GatedLayerNorm(self.dim, fused_ops)
         self.out_proj = GroupedLinear(self.dim, self.dim)
 
     def init_weights(self, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
@@ -107,10 +146,8 @@ class GroupedSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        gate = F.silu(self.gate_proj(x))
-        x = F.silu(self.conv(self.in_proj(x)))
-        y = self.norm(self.scan(x)).flatten(-2)
-        return self.out_proj(y.to(x.dtype) * gate)
+        y = self.scan(self.conv(self.in_proj(x)))
+        return self.out_proj(self.norm(y, self.gate_proj(x)))
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32.
@@ -145,11 +182,14 @@ class ModulatedGroupMamba(nn.Module):
     multiplies the groups with the layer's normed input; so do we.
     """
 
-    def __init__(self, channels: int, scan_backend: str = 'auto') -> None:
+    def __init__(self,
+                 channels: int,
+                 scan_backend: str = 'auto',
+                 fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.affinity = ChannelAffinity(channels)
-        self.ssm = GroupedSSM(channels, scan_backend=scan_backend)
+        self.ssm = GroupedSSM(channels, scan_backend=scan_backend, fused_ops=fused_ops)
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(channels, channels)
 
@@ -162,14 +202,17 @@ class ModulatedGroupMamba(nn.Module):
 class ConvFFN(nn.Module):
     """Feed-forward with a depthwise convolution before its GELU: (B, H, W, C) in and out."""
 
-    def __init__(self, channels: int, hidden_channels: int) -> None:
+    def __init__(self,
+                 channels: int,
+                 hidden_channels: int,
+                 fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden_channels)
-        self.conv = depthwise_conv(hidden_channels)
+        self.conv = DepthwiseConv(hidden_channels, 'gelu', fused_ops)
         self.fc2 = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.conv(self.fc1(x))))
+        return self.fc2(self.conv(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -182,16 +225,17 @@ class Block(nn.Module):
                  channels: int,
                  mlp_ratio: float,
                  drop_path: float = 0.,
-                 scan_backend: str = 'auto') -> None:
+                 scan_backend: str = 'auto',
+                 fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
-        self.mixer = ModulatedGroupMamba(channels, scan_backend)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.ffn = ConvFFN(channels, int(channels * mlp_ratio))
+        self.mixer = ModulatedGroupMamba(channels, scan_backend, fused_ops)
+        self.norm = AddLayerNorm(channels, 1e-6, fused_ops)
+        self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(x))
-        return x + self.drop_path(self.ffn(self.norm(x)))
+        x, normed = self.norm(self.drop_path(self.mixer(x)), x)
+        return x + self.drop_path(self.ffn(normed))
 
 
 class Stem(nn.Module):

@@ -1,4 +1,10 @@
-"""The public doors of the scan: everything else in this package is behind them."""
+"""The public doors of the scan and of what stands around it: all else is behind them."""
+from .around_scan import (
+                          add_layer_norm,
+                          check_fused_ops,
+                          depthwise_conv,
+                          gated_layer_norm,
+)
 from .directional_scan import directional_scan, grouped_linear
 from .directions import DIRECTIONS, from_sequences, to_sequences
 from .selective_scan import (
@@ -10,7 +16,7 @@ from .selective_scan import (
 )
 
 __all__ = [
-    'DIRECTIONS', 'BackendUnavailableError', 'available_backends', 'check_backend',
-    'directional_scan', 'from_sequences', 'grouped_linear', 'resolve_backend', 'selective_scan',
-    'to_sequences'
+    'DIRECTIONS', 'BackendUnavailableError', 'add_layer_norm', 'available_backends',
+    'check_backend', 'check_fused_ops', 'depthwise_conv', 'directional_scan', 'from_sequences',
+    'gated_layer_norm', 'grouped_linear', 'resolve_backend', 'selective_scan', 'to_sequences'
 ]

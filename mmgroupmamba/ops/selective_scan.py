@@ -42,7 +42,8 @@ def backend_module(name: str) -> ModuleType:
     return _modules[name]
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """'cuda' where there is a GPU, else 'cpu'."""
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
@@ -55,7 +56,7 @@ def available_backends(device_type: Optional[str] = None) -> dict[str, Optional[
     Returns:
         Backend name to None (it runs) or to the reason why not with the remedy.
     """
-    device_type = device_type or _default_device()
+    device_type = device_type or default_device()
     return {name: backend_module(name).why_not(device_type) for name in _BACKENDS}
 
 
@@ -71,7 +72,7 @@ def check_backend(name: str, device_type: Optional[str] = None) -> None:
     if name not in _BACKENDS:
         raise ValueError(f'unknown scan backend {name!r}: choose one of '
                          f'{", ".join(["auto", *_BACKENDS])}')
-    reason = backend_module(name).why_not(device_type or _default_device())
+    reason = backend_module(name).why_not(device_type or default_device())
     if reason is not None:
         raise BackendUnavailableError(f'scan backend {name!r} cannot run: {reason}')
 

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmgroupmamba.checkpoint import from_official
 from mmgroupmamba.models import GroupMamba
 from mmgroupmamba.models.groupmamba import ARCHS
-from mmgroupmamba.models.layers import GroupedSSM, init_weights
+from mmgroupmamba.models.layers import Block, GroupedSSM, init_weights
 
 MICRO = dict(
     stem_hidden_dim=8, embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2))
@@ -202,6 +202,8 @@ def test_bad_arch_is_named(arch, message):
     (dict(frozen_stages=5), 'frozen_stages'),
     (dict(drop_path_rate=1.), 'drop_path_rate'),
     (dict(scan_backend='fast'), "unknown scan backend 'fast'"),
+    (dict(fused_ops=['conv']), 'fused_ops must be a list of depthwise_conv, add_layer_norm'),
+    (dict(fused_ops='add_layer_norm'), 'fused_ops must be a list'),
 ])
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -247,3 +249,17 @@ def test_importing_changes_nothing():
 def test_arch_table_is_the_papers():
     assert {a: ARCHS[a]['embed_dims'] for a in ('tiny', 'small', 'base')} == dict(
         tiny=(64, 128, 348, 448), small=(64, 128, 348, 512), base=(96, 192, 424, 512))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_fused_ops_are_refused_at_once_where_they_cannot_run():
+    with pytest.raises(ValueError, match="add_layer_norm: backend 'triton' cannot run: .*CUDA"):
+        GroupMamba(MICRO, fused_ops=['add_layer_norm'])
+
+
+def test_fused_ops_are_the_operators_that_are_named():
+    blocks = GroupMamba(MICRO).stages[0].blocks
+    assert {m.backend for m in blocks.modules() if hasattr(m, 'backend')} == {'torch'}
+    block = Block(16, 2., fused_ops=('depthwise_conv', 'gated_layer_norm'))
+    assert block.ffn.conv.backend == block.mixer.ssm.conv.backend == 'triton'
+    assert block.mixer.ssm.norm.backend == 'triton' and block.norm.backend == 'torch'

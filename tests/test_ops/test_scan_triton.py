@@ -31,12 +31,17 @@ def tile(monkeypatch):
 @pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
                     reason='the kernels run in this process, or there is no Triton')
 def test_in_the_interpreter():
+    assert passed_in_the_interpreter(__file__) > 30
+
+
+def passed_in_the_interpreter(file):
+    """Run a test file by itself in the interpreter; the number of tests, all passed."""
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__],
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', file],
         env=dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1'), capture_output=True,
         text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert int(re.search(r'(\d+) passed', result.stdout)[1]) > 30, result.stdout
+    return int(re.search(r'(\d+) passed', result.stdout)[1])
 
 
 def check(inputs, softplus=True, tolerance=1e-6):
@@ -313,13 +318,11 @@ class Recorder:
 
 def specialise(kernel, arguments):
     """Signature, constants and attributes that a launch compiles a kernel for."""
-    from mmgroupmamba.ops import scan_triton_kernels
-
     types = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        at_run_time = name in scan_triton_kernels.RUNTIME
+        at_run_time = name in kernel.do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = types[value.dtype]
             if value.data_ptr() % 16 == 0:
@@ -327,6 +330,8 @@ def specialise(kernel, arguments):
         elif name.isupper() or value is None or value == 1 and not at_run_time:
             signature[name] = 'constexpr'
             constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = 'fp32'
         else:
             signature[name] = 'i32'
             if value % 16 == 0 and not at_run_time:

@@ -1,0 +1,389 @@
+"""The Triton kernels of ``around_scan_triton``, which imports this module when it launches one.
+
+Maps are contiguous, channels last. Arithmetic is float32; a value is rounded once, when it is
+stored. Channels are counted in units of ALIGN, a power of two, which tells the compiler how wide a
+load may be. Tile sizes are compile-time constants from a small set; a map's size is not. What is
+summed over pixels is summed by each program for itself and then by torch, in a fixed order: no
+atomics, the same input gives the same bits.
+"""
+import triton
+import triton.language as tl
+
+# no recompilation when these become 1 or a multiple of 16
+RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks']
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x for x >= 1, in two instructions instead of the division's nine."""
+    return tl.rsqrt(x * x)
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp2(tl.abs(x) * -1.442695041)
+    return tl.where(x < 0, e, 1.) * _reciprocal(1. + e)
+
+
+@triton.jit
+def _normal(z):
+    """exp(-z**2 / 2) and the normal distribution's Phi(z), relatively exact in both tails.
+
+    Phi(-z) exp(z**2 / 2) as a polynomial in 1 / (1 + 0.27 z), fitted to scipy's erfcx: 2.4e-8.
+    """
+    scaled = z * 0.8493218003  # sqrt(log2(e) / 2)
+    bell = tl.exp2(-scaled * scaled)
+    t = _reciprocal(1. + 0.27 * tl.abs(z))
+    tail = t * 0.0289944937 - 0.126653583
+    tail = tail * t + 0.170145234
+    tail = tail * t - 0.069637732
+    tail = tail * t + 0.108133248
+    tail = tail * t + 0.0719124705
+    tail = tail * t + 0.101847451
+    tail = tail * t + 0.107537436
+    tail = tail * t + 0.107720994
+    tail *= t * bell
+    return bell, tl.where(z < 0, tail, 1. - tail)
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 'gelu':
+        _, below = _normal(z)
+        z *= below
+    elif ACTIVATION == 'silu':
+        z *= _sigmoid(z)
+    return z
+
+
+@triton.jit
+def _slope(z, ACTIVATION: tl.constexpr):
+    """The derivative of the activation."""
+    if ACTIVATION == 'gelu':
+        bell, below = _normal(z)
+        slope = below + z * bell * 0.3989422804
+    elif ACTIVATION == 'silu':
+        s = _sigmoid(z)
+        slope = s * (1. + z * (1. - s))
+    else:
+        slope = tl.full(z.shape, 1., tl.float32)
+    return slope
+
+
+@triton.jit
+def _strips(batch, height, width, rows, channels, COLUMNS: tl.constexpr, STRIPS: tl.constexpr,
+            CHANNELS: tl.constexpr):
+    """Decode the program: its first row, the first column of each lane's strip, (STRIPS, 1), the
+    lane's offset there, its channel, (1, CHANNELS), and whether there is such a lane."""
+    pid = tl.program_id(0)
+    channel_tiles = tl.cdiv(channels, CHANNELS)
+    c = pid % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    parts = tl.cdiv(height, rows)
+    row = pid // channel_tiles % parts * rows
+    strip = pid // (channel_tiles * parts) * STRIPS + tl.arange(0, STRIPS)[:, None]
+    across = tl.cdiv(width, COLUMNS)
+    column = strip % across * COLUMNS
+    image = strip // across
+    pixel = (image.to(tl.int64) * height + row) * width + column
+    return row, column, pixel * channels + c, c, (image < batch) & (c < channels)
+
+
+@triton.jit
+def _load_row(x, lane, inside, row_inside, channels, COUNT: tl.constexpr):
+    """COUNT neighbours in a row, the first of them at `x`, zero outside the map."""
+    values = ()
+    for j in tl.static_range(COUNT):
+        values += (tl.load(x + j * channels + lane, inside[j] & row_inside, other=0.), )
+    return values
+
+
+@triton.jit
+def _widen(narrow, COUNT: tl.constexpr):
+    values = ()
+    for j in tl.static_range(COUNT):
+        values += (narrow[j].to(tl.float32), )
+    return values
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def conv_forward_kernel(
+        x, weight, bias, y, batch, height, width, rows, units,
+        ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A lane is a channel of a strip of COLUMNS columns and walks down `rows` rows.
+
+    Each pixel is loaded once for the three rows of output that it is in, a row before its use.
+    """
+    channels = units * ALIGN
+    first, column, lane, c, valid = _strips(
+        batch, height, width, rows, channels, COLUMNS, STRIPS, CHANNELS)
+    stop = tl.minimum(first + rows, height)
+    line = width.to(tl.int64) * channels
+    taps = ()
+    for k in tl.static_range(9):
+        taps += (tl.load(weight + c * 9 + k, c < channels, other=0.).to(tl.float32), )
+    shift = tl.load(bias + c, c < channels, other=0.).to(tl.float32)
+    shift = tl.broadcast_to(shift, (STRIPS, CHANNELS))
+    inside = ()
+    for j in tl.static_range(COLUMNS + 2):
+        inside += (valid & (column + j >= 1) & (column + j <= width), )
+    above = ()  # what is summed so far of the row above the loaded one, and of this one
+    here = ()
+    for _ in tl.static_range(COLUMNS):
+        above += (shift, )
+        here += (shift, )
+
+    x -= line + channels
+    y -= 2 * line
+    ahead = _load_row(x, lane, inside, first > 0, channels, COLUMNS + 2)
+    row = first - 1
+    while row <= first + rows:
+        xs = ahead
+        x += line
+        ahead = _load_row(x, lane, inside, (row < stop) & (row + 1 < height), channels,
+                          COLUMNS + 2)
+        next_above = ()
+        next_here = ()
+        for k in tl.static_range(COLUMNS):
+            done = above[k]
+            middle = here[k]
+            below = shift
+            for j in tl.static_range(3):
+                value = xs[k + j].to(tl.float32)
+                done += value * taps[6 + j]
+                middle += value * taps[3 + j]
+                below += value * taps[j]
+            tl.store(y + k * channels + lane,
+                     _activate(done, ACTIVATION).to(y.dtype.element_ty),
+                     inside[k + 1] & (row > first) & (row <= stop))
+            next_above += (middle, )
+            next_here += (below, )
+        above = next_above
+        here = next_here
+        y += line
+        row += 1
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def conv_backward_kernel(
+        x, grad, weight, bias, dx, sums, batch, height, width, rows, units,
+        ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """dx, and the program's sums for the weight's nine taps and the bias: (program, 10, channel).
+
+    Lanes as forward. The gradient dz before the activation is needed one pixel around the strip,
+    and for it x two pixels around: z is computed again from x.
+    """
+    channels = units * ALIGN
+    first, column, lane, c, valid = _strips(
+        batch, height, width, rows, channels, COLUMNS, STRIPS, CHANNELS)
+    stop = tl.minimum(first + rows, height)
+    line = width.to(tl.int64) * channels
+    zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
+    taps = ()
+    partial = ()
+    for k in tl.static_range(9):
+        taps += (tl.load(weight + c * 9 + k, c < channels, other=0.).to(tl.float32), )
+        partial += (zero, )
+    partial += (zero, )
+    shift = tl.load(bias + c, c < channels, other=0.).to(tl.float32)
+    shift = tl.broadcast_to(shift, (STRIPS, CHANNELS))
+    inside = ()
+    for j in tl.static_range(COLUMNS + 4):
+        inside += (valid & (column + j >= 2) & (column + j < width + 2), )
+    around = inside[1:COLUMNS + 3]
+    dx_above = ()
+    dx_here = ()
+    for _ in tl.static_range(COLUMNS):
+        dx_above += (zero, )
+        dx_here += (zero, )
+
+    x -= 2 * line + 2 * channels
+    grad -= line + channels
+    dx -= 2 * line
+    above = _widen(_load_row(x, lane, inside, first > 1, channels, COLUMNS + 4), COLUMNS + 4)
+    x += line
+    here = _widen(_load_row(x, lane, inside, first > 0, channels, COLUMNS + 4), COLUMNS + 4)
+    row = first - 1  # of dz; x is loaded a row ahead, dx is done a row behind
+    while row <= first + rows:
+        x += line
+        below = _widen(_load_row(x, lane, inside, (row <= stop) & (row + 1 < height), channels,
+                                 COLUMNS + 4), COLUMNS + 4)
+        dy = _load_row(grad, lane, around, (row >= 0) & (row <= stop) & (row < height), channels,
+                       COLUMNS + 2)
+        grad += line
+        dz = ()
+        for j in tl.static_range(COLUMNS + 2):
+            z = shift
+            for k in tl.static_range(3):
+                z += above[j + k] * taps[k]
+                z += here[j + k] * taps[3 + k]
+                z += below[j + k] * taps[6 + k]
+            dz += (dy[j].to(tl.float32) * _slope(z, ACTIVATION), )
+
+        next_above = ()
+        next_here = ()
+        for k in tl.static_range(COLUMNS):
+            done = dx_above[k]
+            middle = dx_here[k]
+            after = zero
+            for j in tl.static_range(3):
+                done += dz[k + 2 - j] * taps[j]
+                middle += dz[k + 2 - j] * taps[3 + j]
+                after += dz[k + 2 - j] * taps[6 + j]
+            tl.store(dx + k * channels + lane, done.to(dx.dtype.element_ty),
+                     around[k + 1] & (row > first) & (row <= stop))
+            next_above += (middle, )
+            next_here += (after, )
+        dx += line
+        dx_above = next_above
+        dx_here = next_here
+
+        own = ()
+        for k in tl.static_range(COLUMNS):
+            own += (tl.where((row >= first) & (row < stop), dz[k + 1], 0.), )
+        next_partial = ()
+        for j in tl.static_range(10):
+            total = partial[j]
+            for k in tl.static_range(COLUMNS):
+                if j < 3:
+                    total += own[k] * above[k + j + 1]
+                elif j < 6:
+                    total += own[k] * here[k + j - 2]
+                elif j < 9:
+                    total += own[k] * below[k + j - 5]
+                else:
+                    total += own[k]
+            next_partial += (total, )
+        partial = next_partial
+        above = here
+        here = below
+        row += 1
+
+    sums += tl.program_id(0) // tl.cdiv(channels, CHANNELS) * 10 * channels + c
+    for j in tl.static_range(10):
+        tl.store(sums + j * channels, tl.sum(partial[j], 0)[None, :], c < channels)
+
+
+@triton.jit
+def _normed(x, inside, dim, eps):
+    """Rows, zero outside, to mean 0 and variance 1; and 1 / deviation, (ROWS, 1)."""
+    mean = tl.sum(x, 1)[:, None] / dim
+    centred = tl.where(inside, x - mean, 0.)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / dim + eps)
+    return centred * scale, scale
+
+
+@triton.jit
+def _normed_backward(grad, normed, scale, dim):
+    """The gradient of what was normed."""
+    mean = tl.sum(grad, 1)[:, None] / dim
+    along = tl.sum(grad * normed, 1)[:, None] / dim
+    return scale * (grad - mean - normed * along)
+
+
+@triton.jit
+def _rows(block, group, tokens, groups, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets of a tile of tokens of one group, (ROWS, BLOCK), and which are inside the map."""
+    token = block * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    at = (token.to(tl.int64) * groups + group) * dim + column
+    return at, (token < tokens) & (column < dim)
+
+
+@triton.jit
+def _affine(weight, bias, group, dim, BLOCK: tl.constexpr):
+    """A group's weight and bias, (1, BLOCK), and where they are."""
+    column = tl.arange(0, BLOCK)[None, :]
+    at = group * dim + column
+    w = tl.load(weight + at, column < dim, other=0.).to(tl.float32)
+    b = tl.load(bias + at, column < dim, other=0.).to(tl.float32)
+    return w, b, at, column < dim
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, eps,
+                        ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program is ROWS tokens of a group; the groups of a token run side by side."""
+    dim = units * ALIGN
+    group = tl.program_id(0) % groups
+    at, inside = _rows(tl.program_id(0) // groups, group, tokens, groups, dim, ROWS, BLOCK)
+    w, b, _, _ = _affine(weight, bias, group, dim, BLOCK)
+    normed, _ = _normed(tl.load(y + at, inside, other=0.).to(tl.float32), inside, dim, eps)
+    g = tl.load(gate + at, inside, other=0.).to(tl.float32)
+    value = (normed * w + b) * (g * _sigmoid(g))
+    tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, groups, units,
+                         blocks, eps,
+                         ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dy and dgate; the sums for weight and bias over `blocks` tiles: (program, 2, channel)."""
+    dim = units * ALIGN
+    group = tl.program_id(0) % groups
+    part = tl.program_id(0) // groups
+    w, b, column, known = _affine(weight, bias, group, dim, BLOCK)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    block = part * blocks
+    while block < (part + 1) * blocks:
+        at, inside = _rows(block, group, tokens, groups, dim, ROWS, BLOCK)
+        dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
+        g = tl.load(gate + at, inside, other=0.).to(tl.float32)
+        value = tl.load(y + at, inside, other=0.).to(tl.float32)
+        normed, scale = _normed(value, inside, dim, eps)
+        s = _sigmoid(g)
+        through = dout * (g * s)  # of normed * w + b
+        dg = dout * (normed * w + b) * (s * (1. + g * (1. - s)))
+        tl.store(dgate + at, dg.to(dgate.dtype.element_ty), inside)
+        dvalue = _normed_backward(through * w, normed, scale, dim)
+        tl.store(dy + at, dvalue.to(dy.dtype.element_ty), inside)
+        dweight += through * normed
+        dbias += through
+        block += 1
+    sums += part * 2 * groups * dim + column
+    tl.store(sums, tl.sum(dweight, 0)[None, :], known)
+    tl.store(sums + groups * dim, tl.sum(dbias, 0)[None, :], known)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def add_norm_forward_kernel(x, residual, weight, bias, total, out, tokens, units, eps,
+                            ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """x + residual, rounded, and its LayerNorm; a program is ROWS tokens."""
+    dim = units * ALIGN
+    at, inside = _rows(tl.program_id(0), 0, tokens, 1, dim, ROWS, BLOCK)
+    w, b, _, _ = _affine(weight, bias, 0, dim, BLOCK)
+    value = tl.load(x + at, inside, other=0.).to(tl.float32)
+    value += tl.load(residual + at, inside, other=0.).to(tl.float32)
+    value = value.to(total.dtype.element_ty)
+    tl.store(total + at, value, inside)
+    normed, _ = _normed(value.to(tl.float32), inside, dim, eps)
+    tl.store(out + at, (normed * w + b).to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def add_norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, units, blocks, eps,
+                             ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of the sum; those of weight and bias summed as in gate_backward_kernel."""
+    dim = units * ALIGN
+    part = tl.program_id(0)
+    w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    block = part * blocks
+    while block < (part + 1) * blocks:
+        at, inside = _rows(block, 0, tokens, 1, dim, ROWS, BLOCK)
+        dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
+        value = tl.load(total + at, inside, other=0.).to(tl.float32)
+        normed, scale = _normed(value, inside, dim, eps)
+        dvalue = _normed_backward(dout * w, normed, scale, dim)
+        if grad_total is not None:
+            dvalue += tl.load(grad_total + at, inside, other=0.).to(tl.float32)
+        tl.store(dx + at, dvalue.to(dx.dtype.element_ty), inside)
+        dweight += dout * normed
+        dbias += dout
+        block += 1
+    sums += part * 2 * dim + column
+    tl.store(sums, tl.sum(dweight, 0)[None, :], known)
+    tl.store(sums + dim, tl.sum(dbias, 0)[None, :], known)

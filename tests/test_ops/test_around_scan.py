@@ -1,0 +1,415 @@
+"""What stands around the scan: the definitions, and every backend against them in float64.
+
+On a machine without a GPU, the Triton tests are run by one subprocess in Triton's interpreter.
+"""
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from test_scan_triton import Recorder, compile_launch, compiles, passed_in_the_interpreter, runs
+from test_selective_scan import DEVICE, relative
+
+from mmgroupmamba import ops
+from mmgroupmamba.models.layers import GroupedLayerNorm
+from mmgroupmamba.ops import (
+    BackendUnavailableError,
+    add_layer_norm,
+    around_scan_triton,
+    depthwise_conv,
+    gated_layer_norm,
+)
+from mmgroupmamba.ops.scan_triton import why_not
+
+ACTIVATIONS = ('gelu', 'silu', 'none')
+
+
+def randn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def conv_inputs(batch=2, height=5, width=3, channels=20):
+    return dict(x=randn(batch, height, width, channels), weight=randn(channels, 1, 3, 3, seed=1),
+                bias=randn(channels, seed=2))
+
+
+def gate_inputs(batch=2, height=5, width=3, groups=4, dim=5):
+    return dict(y=randn(batch, height, width, groups, dim),
+                gate=randn(batch, height, width, groups * dim, seed=1),
+                weight=randn(groups, dim, seed=2), bias=randn(groups, dim, seed=3))
+
+
+def norm_inputs(batch=2, height=5, width=3, channels=20):
+    shape = batch, height, width, channels
+    return dict(x=randn(*shape), residual=randn(*shape, seed=1), weight=randn(channels, seed=2),
+                bias=randn(channels, seed=3))
+
+
+CASES = [
+    ('depthwise_conv', conv_inputs, dict(activation='gelu')),
+    ('gated_layer_norm', gate_inputs, {}),
+    ('add_layer_norm', norm_inputs, {}),
+]
+
+
+def run(operator, inputs, backend, **options):
+    """Outputs and the gradients of all inputs."""
+    inputs = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    outputs = getattr(ops, operator)(**inputs, **options, backend=backend)
+    outputs = (outputs, ) if isinstance(outputs, torch.Tensor) else outputs
+    cotangents = [torch.cos(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
+                  for y in outputs]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+    return [y.detach() for y in outputs], dict(zip(inputs, grads))
+
+
+def check(operator, inputs, dtypes, backend='triton', tolerance=1e-6, **options):
+    """Against the float64 definition; `dtypes` is one, or one an input."""
+    if isinstance(dtypes, torch.dtype):
+        dtypes = dict.fromkeys(inputs, dtypes)
+    inputs = {k: v.to(dtypes[k]) for k, v in inputs.items()}
+    outputs, grads = run(operator, inputs, backend, **options)
+    exact = {k: v.double() for k, v in inputs.items()}
+    want, want_grads = run(operator, exact, 'torch', **options)
+    for got, expected in zip(outputs, want):
+        assert torch.isfinite(got).all() and relative(got, expected) < tolerance
+    for name, got in grads.items():
+        assert got.shape == inputs[name].shape and got.dtype == inputs[name].dtype
+        assert torch.isfinite(got).all(), name
+        assert relative(got, want_grads[name]) < 2 * tolerance, name
+    return outputs
+
+
+@pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
+                    reason='the kernels run in this process, or there is no Triton')
+def test_in_the_interpreter():
+    assert passed_in_the_interpreter(__file__) > 40
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_depthwise_conv_is_the_module(activation):
+    inputs = conv_inputs()
+    conv = nn.Conv2d(20, 20, 3, padding=1, groups=20).to(DEVICE, torch.float64)
+    conv.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    module = dict(gelu=nn.GELU(), silu=nn.SiLU(), none=nn.Identity())[activation]
+    want = module(conv(inputs['x'].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    assert torch.equal(depthwise_conv(**inputs, activation=activation), want)
+
+
+def test_gated_layer_norm_is_the_layers():
+    inputs = gate_inputs()
+    norm = GroupedLayerNorm(5).to(DEVICE, torch.float64)
+    norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    want = norm(inputs['y']).flatten(-2) * F.silu(inputs['gate'])
+    assert torch.equal(gated_layer_norm(**inputs), want)
+
+
+def test_add_layer_norm_is_the_layers():
+    inputs = norm_inputs()
+    norm = nn.LayerNorm(20, eps=1e-6).to(DEVICE, torch.float64)
+    norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    total, normed = add_layer_norm(**inputs, eps=1e-6)
+    assert torch.equal(total, inputs['x'] + inputs['residual'])
+    assert torch.equal(normed, norm(total))
+
+
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_precision_is_the_arguments(operator, inputs, options):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        check(operator, inputs(), torch.float32, 'torch', **options)
+    mixed = {k: torch.bfloat16 if k in ('x', 'gate') else torch.float32 for k in inputs()}
+    outputs = check(operator, inputs(), mixed, 'torch', tolerance=2 ** -7, **options)
+    assert outputs[-1].dtype == (torch.float32 if 'residual' in mixed else torch.bfloat16)
+
+
+@pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
+def test_dtypes_of_add_layer_norm(backend):
+    """As PyTorch's addition and F.layer_norm have them, unless the norm's is asked for."""
+    half, full = torch.bfloat16, torch.float32
+    for autocast in (False, True):
+        for x, residual in ((half, half), (half, full), (full, half), (full, full)):
+            inputs = {k: v.to(dict(x=x, residual=residual).get(k, full))
+                      for k, v in norm_inputs(1, 1, 1, 4).items()}
+            with torch.autocast(DEVICE, half, enabled=autocast):
+                got = add_layer_norm(**inputs, backend=backend)
+                total = inputs['x'] + inputs['residual']
+                weights = [inputs[k].to(total.dtype) for k in ('weight', 'bias')]
+                want = total, F.layer_norm(total, (4, ), *weights)
+                asked = add_layer_norm(**inputs, norm_dtype=half, backend=backend)
+            assert [t.dtype for t in got] == [t.dtype for t in want]
+            assert [t.dtype for t in asked] == [total.dtype, half]
+
+
+@runs
+@pytest.mark.parametrize('activation, shape', [
+    ('gelu', (1, 1, 1, 20)), ('silu', (2, 1, 7, 20)), ('none', (1, 7, 1, 20)),
+    ('gelu', (2, 5, 3, 20)), ('silu', (3, 2, 9, 7)), ('gelu', (1, 1, 3, 348)),
+])
+def test_depthwise_conv(activation, shape):
+    check('depthwise_conv', conv_inputs(*shape), torch.float32, activation=activation)
+
+
+@runs
+def test_depthwise_conv_in_parts():
+    """Columns in parts of rows."""
+    assert around_scan_triton.conv_sizes(1, 11, 3, 20, 4)[1] == 6
+    check('depthwise_conv', conv_inputs(1, 11, 3), torch.float32, activation='gelu')
+
+
+@runs
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_depthwise_conv_of_large_values(activation):
+    inputs = conv_inputs()
+    inputs['x'] *= 10. ** torch.arange(-5., 15.).to(DEVICE)  # a power for each channel
+    check('depthwise_conv', inputs, torch.float32, activation=activation)
+    inputs['weight'] *= 0
+    inputs['bias'] = torch.linspace(-12, 7, 20).to(DEVICE)  # the tail: each channel for itself
+    y = depthwise_conv(**{k: v.float() for k, v in inputs.items()}, activation=activation,
+                       backend='triton')
+    want = depthwise_conv(**{k: v.float().double() for k, v in inputs.items()},
+                          activation=activation)
+    if activation == 'gelu':  # PyTorch's loses the tail in 1 + erf, also in float64
+        z = inputs['bias'].float().double()
+        want = (z * torch.special.erfc(-z / 2**.5) / 2).expand_as(want)
+    # an exponent of 72 is rounded to 4e-6
+    assert ((y.double() - want).abs() <= 1e-5 * want.abs()).all()
+
+
+@runs
+@pytest.mark.parametrize('shape', [
+    (1, 1, 1, 4, 5), (2, 1, 7, 4, 16), (1, 7, 1, 4, 87), (2, 5, 3, 2, 1), (1, 1, 2, 1, 130),
+])
+def test_gated_layer_norm(shape):
+    check('gated_layer_norm', gate_inputs(*shape), torch.float32)
+
+
+@runs
+@pytest.mark.parametrize('shape', [
+    (1, 1, 1, 20), (2, 1, 7, 20), (1, 7, 1, 348), (2, 5, 3, 20), (1, 1, 2, 1100),
+])
+def test_add_layer_norm(shape):
+    check('add_layer_norm', norm_inputs(*shape), torch.float32, eps=1e-6)
+
+
+@runs
+@pytest.mark.parametrize('used', [0, 1])
+def test_add_layer_norm_of_which_one_output_is_used(used):
+    inputs = {k: v.float().requires_grad_() for k, v in norm_inputs().items()}
+    grads = [torch.autograd.grad(add_layer_norm(**inputs, backend=backend)[used].square().sum(),
+                                 list(inputs.values()), allow_unused=True)
+             for backend in ('torch', 'triton')]
+    for want, got in zip(*grads):
+        assert (want is None) == (got is None)
+        assert want is None or relative(got, want) < 2e-6
+
+
+@runs
+def test_norms_sum_over_many_tiles(monkeypatch):
+    monkeypatch.setattr(around_scan_triton, '_PARTS', 2)
+    assert around_scan_triton.norm_sizes(2 * 30 * 11, 20)[1:] == (21, 11)
+    check('add_layer_norm', norm_inputs(2, 30, 11), torch.float32)
+    check('gated_layer_norm', gate_inputs(2, 30, 11), torch.float32)
+
+
+@runs
+def test_norms_of_large_values():
+    scale = (10. ** torch.arange(-1., 14.).to(DEVICE)).view(1, 5, 3, 1)  # of each token
+    inputs = norm_inputs()
+    check('add_layer_norm', dict(inputs, x=inputs['x'] * scale), torch.float32)
+    inputs = gate_inputs()
+    inputs.update(y=inputs['y'] * scale[..., None], gate=inputs['gate'] * 40)
+    check('gated_layer_norm', inputs, torch.float32)
+
+
+@runs
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_half_precision_is_float32_inside(operator, inputs, options, dtype):
+    # the sum is rounded before it is normed, as PyTorch's
+    tolerance = torch.finfo(dtype).eps / (1 if operator == 'add_layer_norm' else 2)
+    outputs = check(operator, inputs(1), dtype, tolerance=tolerance, **options)
+    assert all(y.dtype == dtype for y in outputs)
+    mixed = {k: dtype if k in ('x', 'gate', 'residual') else torch.float32 for k in inputs()}
+    check(operator, inputs(1), mixed, tolerance=tolerance, **options)
+
+
+@runs
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_same_bits_again(operator, inputs, options):
+    inputs = {k: v.float() for k, v in inputs(2, 2).items()}
+    (first, grads), (second, again) = (run(operator, inputs, 'triton', **options)
+                                       for _ in range(2))
+    for one, other in zip((*first, *grads.values()), (*second, *again.values())):
+        assert torch.equal(one, other)
+
+
+@runs
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_any_memory_layout(operator, inputs, options):
+    inputs = {k: v.float() for k, v in inputs(2, 2).items()}
+    views = {k: v.transpose(0, -1).contiguous().transpose(0, -1) for k, v in inputs.items()}
+    assert not any(v.is_contiguous() for v in views.values() if v.dim() > 1)
+    want, want_grads = run(operator, inputs, 'triton', **options)
+    got, grads = run(operator, views, 'triton', **options)
+    for one, other in zip((*got, *grads.values()), (*want, *want_grads.values())):
+        assert torch.equal(one, other)
+
+
+@runs
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_no_graph_break(operator, inputs, options):
+    inputs = [v.float().requires_grad_() for v in inputs(1, 2).values()]
+
+    def function(*args):
+        outputs = getattr(ops, operator)(*args, **options, backend='triton')
+        return outputs.sin() if isinstance(outputs, torch.Tensor) else outputs[0] * outputs[1]
+
+    y = torch.compile(function, fullgraph=True, backend='aot_eager')(*inputs)
+    want = function(*inputs)
+    assert torch.equal(y, want)
+    for one, other in zip(*(torch.autograd.grad(t.sum(), inputs) for t in (y, want))):
+        assert torch.equal(one, other)
+
+
+def check_operator(operator, *args, autograd):
+    tests = ('test_schema', 'test_faketensor') + ('test_autograd_registration', ) * autograd
+    torch.library.opcheck(operator, args, test_utils=tests)
+
+
+@runs
+def test_norms_operators_are_what_torch_library_is_told():
+    inputs = [v.float().requires_grad_() for v in gate_inputs(1, 2).values()]
+    check_operator(around_scan_triton._gate_forward, *inputs, 1e-5, autograd=True)
+    y, gate, weight, bias = (v.detach() for v in inputs)
+    check_operator(around_scan_triton._gate_backward, gate, y, gate, weight, bias, 1e-5,
+                   autograd=False)
+    inputs = [v.float().requires_grad_() for v in norm_inputs(1, 2).values()]
+    check_operator(around_scan_triton._add_norm_forward, *inputs, 1e-5, torch.bfloat16,
+                   autograd=True)
+    x, total, weight, _ = (v.detach() for v in inputs)
+    for grad_total in (None, x):
+        check_operator(around_scan_triton._add_norm_backward, grad_total, x, total, weight, 1e-5,
+                       autograd=False)
+
+
+@runs
+def test_conv_operators_are_what_torch_library_is_told():
+    x, weight, bias = (v.float().requires_grad_() for v in conv_inputs(1, 2).values())
+    check_operator(around_scan_triton._conv_forward, x, weight, bias, 'gelu', autograd=True)
+    x, weight, bias = (v.detach() for v in (x, weight, bias))
+    check_operator(around_scan_triton._conv_backward, x, x, weight, bias, 'gelu', autograd=False)
+
+
+@runs
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_float64_is_refused(operator, inputs, options):
+    with pytest.raises(ValueError, match="no float64: use backend='torch'"):
+        run(operator, inputs(), 'triton', **options)
+
+
+@pytest.mark.parametrize('operator, inputs, options', CASES)
+def test_backend_by_name_never_falls_back(monkeypatch, operator, inputs, options):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    inputs = {k: v.cpu() for k, v in inputs().items()}
+    with pytest.raises(BackendUnavailableError, match=f"{operator}: backend 'triton' cannot run"):
+        run(operator, inputs, 'triton', **options)
+    with pytest.raises(ValueError, match=f'{operator}: unknown backend .*: choose one of torch, '):
+        run(operator, inputs, 'cuda', **options)
+
+
+@pytest.mark.parametrize('operator, inputs, options, name, shape', [
+    (*CASES[0], 'x', (2, 5, 20)), (*CASES[0], 'x', (2, 0, 3, 20)),
+    (*CASES[0], 'weight', (20, 3, 3)), (*CASES[0], 'bias', (20, 1)),
+    (*CASES[1], 'y', (2, 5, 3, 20)), (*CASES[1], 'gate', (2, 5, 3, 4, 5)),
+    (*CASES[1], 'weight', (20, )), (*CASES[1], 'bias', (4, 1)),
+    (*CASES[2], 'x', (2, 15, 20)), (*CASES[2], 'residual', (5, 3, 20)),
+    (*CASES[2], 'weight', (1, )), (*CASES[2], 'bias', (20, 1)),
+])
+def test_wrong_shape_is_named(operator, inputs, options, name, shape):
+    with pytest.raises(ValueError, match=f'{operator}: {name} must be'):
+        getattr(ops, operator)(**dict(inputs(), **{name: torch.zeros(shape, device=DEVICE)}),
+                               **options)
+
+
+def test_wrong_option_and_dtype_are_named():
+    with pytest.raises(ValueError, match='unknown activation .* choose one of gelu, silu, none'):
+        depthwise_conv(**conv_inputs(), activation='relu')
+    with pytest.raises(ValueError, match='depthwise_conv: bias must be real floating'):
+        depthwise_conv(**dict(conv_inputs(), bias=torch.zeros(20, dtype=torch.int, device=DEVICE)),
+                       activation='none')
+
+
+# of tiny, small and base: channels of the stages and of the feed-forwards
+CHANNELS = (64, 96, 128, 192, 348, 424, 448, 512)
+HIDDEN = (512, 768, 1024, 1392, 1536, 1696, 1792, 2048)
+
+
+def launches_of(monkeypatch, operator, inputs, dtypes, **options):
+    """Launches of an operator and of its backward, recorded without running."""
+    from mmgroupmamba.ops import around_scan_triton_kernels
+
+    launches = []
+    for name in dir(around_scan_triton_kernels):
+        if name.endswith('_kernel'):
+            kernel = getattr(around_scan_triton_kernels, name)
+            monkeypatch.setattr(around_scan_triton_kernels, name, Recorder(kernel, launches))
+    if isinstance(dtypes, torch.dtype):
+        dtypes = dict.fromkeys(inputs, dtypes)
+    inputs = {k: torch.empty(v.shape, dtype=dtypes[k]).requires_grad_() for k, v in inputs.items()}
+    outputs = getattr(around_scan_triton, operator)(**inputs, **options)
+    outputs = (outputs, ) if isinstance(outputs, torch.Tensor) else outputs
+    torch.autograd.grad(outputs, list(inputs.values()), [torch.empty_like(y) for y in outputs])
+    monkeypatch.undo()
+    return launches
+
+
+def variants(launches):
+    """What makes the compiler compile again."""
+    return {(kernel.__name__, *((k, v) for k, v in arguments.items() if k.isupper()))
+            for kernel, arguments in launches}
+
+
+@compiles
+def test_few_variants_of_the_convolution(monkeypatch):
+    dtypes = dict(x=torch.bfloat16, weight=torch.float32, bias=torch.float32)
+    launches = []
+    for channels, activation in ((CHANNELS, 'silu'), (HIDDEN, 'gelu')):
+        for c in channels:
+            for height, width in ((1, 1), (7, 7), (14, 14), (25, 42), (56, 56), (3, 100)):
+                launches += launches_of(monkeypatch, 'depthwise_conv',
+                                        conv_inputs(1, height, width, c), dtypes,
+                                        activation=activation)
+    assert len(variants(launches)) == 8  # two kernels, two tiles, two activations
+
+
+@compiles
+def test_few_variants_of_the_norms(monkeypatch):
+    launches = []
+    for c in CHANNELS:
+        for shape in ((1, 1, 1), (1, 7, 7), (2, 25, 42)):
+            for operator, inputs in (('gated_layer_norm', gate_inputs(*shape, 4, c // 4)),
+                                     ('add_layer_norm', norm_inputs(*shape, c))):
+                options = dict(norm_dtype=torch.float32) if operator == 'add_layer_norm' else {}
+                launches += launches_of(monkeypatch, operator, inputs, torch.float32, eps=1e-5,
+                                        **options)
+    assert len(variants(launches)) == 2 * 6 + 2 * 5  # two kernels of each operator
+
+
+@compiles
+@pytest.mark.parametrize('arch', [80, 90])
+@pytest.mark.parametrize('operator, inputs, options, dtype', [
+    ('depthwise_conv', conv_inputs(1, 1, 1, 512), dict(activation='gelu'), torch.bfloat16),
+    ('depthwise_conv', conv_inputs(1, 1, 1, 348), dict(activation='silu'), torch.float32),
+    ('gated_layer_norm', gate_inputs(1, 1, 1, 4, 87), dict(eps=1e-5), torch.bfloat16),
+    ('gated_layer_norm', gate_inputs(1, 1, 1, 4, 128), dict(eps=1e-5), torch.float32),
+    ('add_layer_norm', norm_inputs(1, 1, 1, 348),
+     dict(eps=1e-5, norm_dtype=torch.float32), torch.bfloat16),
+    ('add_layer_norm', norm_inputs(1, 1, 1, 512),
+     dict(eps=1e-5, norm_dtype=torch.float32), torch.float32),
+])
+def test_compiles_without_spills(monkeypatch, operator, inputs, options, dtype, arch):
+    dtypes = {k: dtype if k in ('x', 'gate', 'residual') else torch.float32 for k in inputs}
+    for kernel, arguments in launches_of(monkeypatch, operator, inputs, dtypes, **options):
+        registers, spilled = compile_launch(kernel, arguments, arch)
+        print(f'sm_{arch} {dtype} {kernel.__name__}: {registers} registers')
+        assert spilled == 0, kernel.__name__
