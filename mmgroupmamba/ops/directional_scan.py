@@ -5,6 +5,7 @@ The definition lays each group out as a sequence along its direction and calls
 memory, has a function ``directional_scan`` besides ``scan``.
 """
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +73,15 @@ def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Te
             t.to(dtype) for t in (x, x_dbl, dt_weight, A, D, dt_bias))
         u = to_sequences(x).flatten(2)  # (batch, L, C)
         dt, B, C = to_sequences(x_dbl).split([rank, states, states], dim=-1)
+        delta = grouped_linear(dt.flatten(2), dt_weight, dt_bias)
         y = scan(
             u.transpose(1, 2),  # (batch, C, L)
-            grouped_linear(dt.flatten(2), dt_weight).transpose(1, 2),
+            delta.transpose(1, 2),
             A,
             B.permute(0, 2, 3, 1),  # (batch, 4, N, L)
             C.permute(0, 2, 3, 1),
             D,
-            dt_bias,
+            None,
             True)
     return from_sequences(y.transpose(1, 2).unflatten(2, (_GROUPS, -1)), height, width)
 
@@ -95,15 +97,19 @@ def one_token(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, D: Tensor, dt_bias: T
     with torch.autocast(x.device.type, enabled=False):
         x, x_dbl, dt_weight, D, dt_bias = (t.to(dtype) for t in (x, x_dbl, dt_weight, D, dt_bias))
         dt, B, C = x_dbl.split([dt_weight.shape[2], states, states], dim=-1)
-        delta = grouped_linear(dt.flatten(3), dt_weight).unflatten(-1, x.shape[3:])
-        delta = F.softplus(delta + dt_bias.view(x.shape[3:]))
+        delta = F.softplus(grouped_linear(dt.flatten(3), dt_weight, dt_bias))
+        delta = delta.unflatten(-1, x.shape[3:])
         return (delta * (B * C).sum(-1, keepdim=True) + D.view(x.shape[3:])) * x
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """One linear map for each group of channels: (..., G * in), (G, out, in) -> (..., G * out)."""
-    tokens = x.reshape(-1, weight.shape[0], weight.shape[2]).transpose(0, 1)  # (G, tokens, in)
-    y = torch.bmm(tokens, weight.transpose(1, 2))
+    groups, outputs, inputs = weight.shape
+    tokens = x.reshape(-1, groups, inputs).transpose(0, 1)  # (G, tokens, in)
+    if bias is None:
+        y = torch.bmm(tokens, weight.transpose(1, 2))
+    else:
+        y = torch.baddbmm(bias.view(groups, 1, outputs), tokens, weight.transpose(1, 2))
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 

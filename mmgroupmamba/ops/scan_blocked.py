@@ -73,7 +73,7 @@ def _forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     x, delta, A, B, C = _tokens_first(x, delta, A, B, C)
     decay, h = _drives(x, delta, A, B)
     _recurrence(decay.flatten(2), h.flatten(2))
-    y = _dot(h, C, -1)
+    y = h.mul_(C).sum(-1) if h.shape[-1] > 1 else h.mul_(C).squeeze(-1)
     if D is not None:
         y.addcmul_(x, D.view(x.shape[2:]))
     return y.flatten(2).transpose(1, 2)
@@ -162,7 +162,8 @@ def _tokens_first(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> 
 def _drives(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """exp(delta A) and delta x B, both (batch, L, G, d, N) and contiguous."""
     decay = (delta[..., None] * A).contiguous().exp_()
-    return decay, ((delta * x)[..., None] * B).contiguous()
+    drive = (delta * x)[..., None].expand(decay.shape).contiguous()
+    return decay, drive.mul_(B)
 
 
 def _dot(states: Tensor, other: Tensor, dim: int) -> Tensor:
