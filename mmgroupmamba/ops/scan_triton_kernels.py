@@ -183,7 +183,7 @@ def summary_kernel(
     rates = _columns(A, channel, valid, N)
     a = ()
     h = ()
-    for n in tl.static_range(N):
+    for _ in tl.static_range(N):
         a += (tl.full((CHUNKS, CHANNELS), 1., tl.float32), )
         h += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
 
@@ -353,7 +353,7 @@ def backward_kernel(
     dD = tl.zeros((CHUNKS, CHANNELS), tl.float32)
     dbias = tl.zeros((CHUNKS, CHANNELS), tl.float32)
     dweight = ()
-    for k in tl.static_range(RANK):
+    for _ in tl.static_range(RANK):
         dweight += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
 
     for reverse_block in range(T // STEP):
