@@ -61,11 +61,13 @@ class Spec(NamedTuple):
         arch: Of the arch table; peers have their own.
         stage: 1 to 4, whose channels a scan or layer has.
         with_cp: Whether ours recomputes its blocks in the backward pass.
+        fused_ops: What of ours runs as Triton kernels around the scan.
     """
     subject: str
     arch: str = 'tiny'
     stage: int = 1
     with_cp: bool = False
+    fused_ops: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -198,11 +200,13 @@ class Ours(Contestant):
 
     def _build(self, spec: Spec) -> nn.Module:
         if spec.subject in OF_A_MAP:
-            mixer = ModulatedGroupMamba(spec.channels, self.name).apply(init_weights)
+            mixer = ModulatedGroupMamba(spec.channels, self.name, spec.fused_ops)
+            mixer.apply(init_weights)
             return Scan(mixer) if spec.subject == 'scan' else mixer
         pyramid = spec.subject == 'backbone'
         options = {} if pyramid else dict(out_indices=(3, ), final_norm=False)
-        backbone = GroupMamba(spec.arch, with_cp=spec.with_cp, scan_backend=self.name, **options)
+        backbone = GroupMamba(spec.arch, with_cp=spec.with_cp, scan_backend=self.name,
+                              fused_ops=spec.fused_ops, **options)
         return backbone if pyramid else Classifier(backbone, self.name)
 
     def load(self, module, weights):

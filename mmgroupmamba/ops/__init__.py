@@ -1,5 +1,6 @@
 """The public doors of the scan and of what stands around it: all else is behind them."""
 from .around_scan import (
+                          FUSED_OPS,
                           add_layer_norm,
                           check_fused_ops,
                           depthwise_conv,
@@ -16,7 +17,7 @@ from .selective_scan import (
 )
 
 __all__ = [
-    'DIRECTIONS', 'BackendUnavailableError', 'add_layer_norm', 'available_backends',
+    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'add_layer_norm', 'available_backends',
     'check_backend', 'check_fused_ops', 'depthwise_conv', 'directional_scan', 'from_sequences',
     'gated_layer_norm', 'grouped_linear', 'resolve_backend', 'selective_scan', 'to_sequences'
 ]

@@ -139,12 +139,12 @@ def test_backbone_rows_and_memory(run):
     assert peak['train-step', 'blocked'] > 4 * weights  # and gradients and two moments
 
 
-def test_fused_row_and_profile(run):
+def test_folded_row_and_profile(run):
     out, rows, data = run('--subjects', 'backbone', '--sizes', '32x64', '--fuse', '--profile')
     assert [(r['pass'], r['what']) for r in rows] == [
-        ('forward', 'blocked'), ('forward', 'blocked fused'), ('forward+backward', 'blocked')]
+        ('forward', 'blocked'), ('forward', 'blocked folded'), ('forward+backward', 'blocked')]
     peak = {r['what']: r['launches'] for r in data['results'] if r['pass'] == 'forward'}
-    assert peak['blocked fused'] < peak['blocked']
+    assert peak['blocked folded'] < peak['blocked']
     for result in data['results']:
         assert sum(result['operators'].values()) == pytest.approx(1)
         assert result['operators']['aten::addmm'] > 0.01
@@ -299,6 +299,8 @@ def test_gate_refuses_a_wrong_backend(fault, what, subject, main, monkeypatch, c
     (['--subjects', 'upernet'], 'at least two images'),
     (['--json', 'nowhere/out.json'], 'no such folder'),
     (['--cuda-graph', '--device', 'cpu'], 'needs a GPU'),
+    (['--fused-ops', '--device', 'cpu'], 'depthwise_conv: backend'),
+    (['--fused-ops', 'add_layer_norm', '--device', 'cpu'], 'add_layer_norm: backend'),
 ])
 def test_bad_input(args, words, main, capsys):
     assert words in refused(main, capsys, *args)

@@ -60,7 +60,7 @@ from mmgroupmamba.benchmarking.contestants import (
 from mmgroupmamba.launch import LaunchError, Parser, one_line, run_tool
 from mmgroupmamba.models import fuse
 from mmgroupmamba.models.groupmamba import ARCHS, MIN_SIZE
-from mmgroupmamba.ops import available_backends, check_backend
+from mmgroupmamba.ops import FUSED_OPS, available_backends, check_backend, check_fused_ops
 
 PRESETS = {  # (H, W, batch)
     'imagenet': [(224, 224, 128)],
@@ -92,7 +92,8 @@ class Size(NamedTuple):
 class Mode(NamedTuple):
     """How a model is run; the flags add such rows beside the plain one."""
     with_cp: bool = False
-    fused: bool = False
+    folded: bool = False
+    fused_ops: bool = False
     channels_last: bool = False
     compiled: bool = False
     graph: bool = False
@@ -110,11 +111,13 @@ class Row:
         self.contestant, self.mode, self.args = contestant, mode, args
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same heads for all
-            self.module = contestant.build(Spec(subject, args.arch, args.stage, mode.with_cp))
+            self.module = contestant.build(Spec(
+                subject, args.arch, args.stage, mode.with_cp,
+                tuple(args.fused_ops) if mode.fused_ops else ()))
         if weights:
             contestant.load(self.module, weights)
         self.module.to(args.device)
-        if mode.fused:
+        if mode.folded:
             fuse(self.module)
         if mode.channels_last:
             self.module.to(memory_format=torch.channels_last)
@@ -267,7 +270,7 @@ class Truth:
             warnings.simplefilter('ignore')  # of operations without a deterministic kernel
             error = self._compare('output', self.output, self.evaluate(row, self.x), row,
                                   tolerances[0])
-            gradients = {} if row.mode.fused else self.differentiate(row, self.x)
+            gradients = {} if row.mode.folded else self.differentiate(row, self.x)
             for name, got in gradients.items():
                 want = self.gradients[name]
                 if want is None:
@@ -352,7 +355,9 @@ class Benchmark:
         if args.with_cp and isinstance(contestant, Ours) and subject not in OF_A_MAP:
             modes.append(Mode(with_cp=True))
         if args.fuse and isinstance(contestant, Ours) and subject not in OF_A_MAP:
-            modes.append(Mode(fused=True))
+            modes.append(Mode(folded=True))
+        if args.fused_ops and isinstance(contestant, Ours) and subject != 'scan':
+            modes.append(Mode(fused_ops=True))
         if args.cuda_graph:
             modes.append(Mode(graph=True))
         return modes
@@ -412,7 +417,7 @@ class Benchmark:
         args = self.args
         steps, records = {}, {}
         for row in rows:
-            inference = row.mode.graph or row.mode.fused
+            inference = row.mode.graph or row.mode.folded
             if inference and which != 'forward' or row.mode.with_cp and which == 'forward':
                 continue
             record = dict(subject=subject, size=str(size), height=size.height, width=size.width,
@@ -583,6 +588,9 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--with-cp', action='store_true', help='one more row of ours: blocks recomputed')
     add('--fuse', action='store_true',
         help='one more row of ours: folded for inference by mmgroupmamba.models.fuse')
+    add('--fused-ops', nargs='*', choices=FUSED_OPS, metavar='OP',
+        help='one more row of ours: these run as one Triton kernel each, all if none is named: '
+        f'{", ".join(FUSED_OPS)}')
     add('--channels-last', action='store_true', help='one more row of each: channels-last images')
     add('--compile', nargs='?', const='default', metavar='MODE',
         choices=['default', 'reduce-overhead', 'max-autotune'],
@@ -598,6 +606,8 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--seed', type=int, default=0)
     add('--json', metavar='FILE', help='write everything there')
     args = parser.parse_args(argv)
+    if args.fused_ops == []:
+        args.fused_ops = list(FUSED_OPS)
     args.sizes = [size for text in args.sizes for size in parse_size(text, args.batch)]
     return args
 
@@ -628,6 +638,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise LaunchError('--device cuda: torch sees no GPU')
+    check_fused_ops(args.fused_ops or (), args.device)
     if args.cuda_graph and args.device != 'cuda':
         raise LaunchError('--cuda-graph needs a GPU')
     if args.against and set(args.subjects) <= set(OF_A_MAP):
