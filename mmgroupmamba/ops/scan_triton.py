@@ -49,7 +49,7 @@ def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank
     chunks = _LANES // channels
     long_chunks = -(-length // 64)
     enough = long_chunks >= chunks and batch * groups * dim * long_chunks >= _MANY_LANES
-    step = 8 if states == 1 and rank <= 2 else 4  # what the backward has registers for
+    step = 8 if states == 1 and rank in (1, 2) else 4  # what the backward has registers for
     return Tile(64 if enough else 16, step, chunks, channels)
 
 

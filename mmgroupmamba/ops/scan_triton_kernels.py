@@ -207,7 +207,7 @@ def summary_kernel(
             else:
                 sources += (held[s], )
         for s in tl.static_range(STEP):
-            dt, _ = _step_size(sources[s], weights, shift, insides[s], RANK, SOFTPLUS)
+            dt, raw = _step_size(sources[s], weights, shift, insides[s], RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             next_a = ()
             next_h = ()
@@ -287,7 +287,7 @@ def forward_kernel(
                 sources += (held[s], )
         for s in tl.static_range(STEP):
             inside = first + s < length
-            dt, _ = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
+            dt, raw = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             out = skip * value
             next_h = ()
@@ -379,7 +379,7 @@ def backward_kernel(
             grads += (tl.load(grad + cells[s] * g_token, inside & valid, other=0.), )
         before = ()  # the states before each token of the block, n fastest; and the last
         for s in tl.static_range(STEP):
-            dt, _ = _step_size(sources[s], weights, shift, first + s < length, RANK, SOFTPLUS)
+            dt, raw = _step_size(sources[s], weights, shift, first + s < length, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             before += h
             next_h = ()
