@@ -101,6 +101,12 @@ def _count_scan(inputs: list[Any], outputs: list[Any]) -> Counter:
     return Counter(scan=scan_flops(batch, length, channels, inputs[2].type().sizes()[1]))
 
 
+def _count_baddbmm(inputs: list[Any], outputs: list[Any]) -> Counter:
+    """mmengine's analyser knows bmm only."""
+    batch, rows, inner = inputs[1].type().sizes()
+    return Counter(bmm=batch * rows * inner * inputs[2].type().sizes()[2])
+
+
 @contextmanager
 def counted_scans() -> Iterator[None]:
     """Replace the layers' scan by one operator that a trace shows and that returns its input.
@@ -145,6 +151,7 @@ def count(model: nn.Module, shape: tuple[int, int], scope: Optional[str] = None)
         analyzer = FlopAnalyzer(model, (image[None].to(device), ))
         analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analyzer.set_op_handle('mmgroupmamba::counted_scan', _count_scan)
+        analyzer.set_op_handle('aten::baddbmm', _count_baddbmm)
         try:
             model.eval()
             by_module = analyzer.by_module_and_operator()

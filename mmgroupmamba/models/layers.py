@@ -81,18 +81,6 @@ class GatedLayerNorm(nn.Module):
         return gated_layer_norm(y, gate, self.weight, self.bias, backend=self.backend)
 
 
-class AddLayerNorm(nn.LayerNorm):
-    """A residual sum and its LayerNorm: two (B, H, W, C) -> (their sum, its norm)."""
-
-    def __init__(self, channels: int, eps: float, fused_ops: Sequence[str] = ()) -> None:
-        super().__init__(channels, eps=eps)
-        self.backend = backend_of('add_layer_norm', fused_ops)
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(
-            x, residual, self.weight, self.bias, self.eps, backend=self.backend)
-
-
 class GroupedSSM(nn.Module):
     """The four visual single selective scans (VSSS, equations 2 to 4) of a layer as one.
 
@@ -229,12 +217,20 @@ class Block(nn.Module):
                  fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.mixer = ModulatedGroupMamba(channels, scan_backend, fused_ops)
-        self.norm = AddLayerNorm(channels, 1e-6, fused_ops)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.fused_norm = 'add_layer_norm' in fused_ops
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, normed = self.norm(self.drop_path(self.mixer(x)), x)
+        branch = self.drop_path(self.mixer(x))
+        if self.fused_norm:
+            norm = self.norm
+            x, normed = add_layer_norm(
+                branch, x, norm.weight, norm.bias, norm.eps, backend='triton')
+        else:
+            x = x + branch
+            normed = self.norm(x)
         return x + self.drop_path(self.ffn(normed))
 
 

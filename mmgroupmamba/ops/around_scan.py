@@ -24,12 +24,13 @@ _BACKENDS: dict[str, Optional[ModuleType]] = {
     'triton': around_scan_triton,
 }
 FUSED_OPS = ('depthwise_conv', 'add_layer_norm', 'gated_layer_norm')
-# out of place, and in place for inference, where nobody needs what went in
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    'gelu': (F.gelu, torch.ops.aten.gelu_),
-    'silu': (F.silu, torch.ops.aten.silu_),
-    'none': (lambda x: x, lambda x: x),
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    'gelu': F.gelu,
+    'silu': F.silu,
+    'none': lambda x: x,
 }
+# for inference, where nobody needs what went in
+_IN_PLACE = {**_ACTIVATIONS, 'gelu': torch.ops.aten.gelu_, 'silu': torch.ops.aten.silu_}
 
 
 def check_fused_ops(names: Sequence[str], device_type: Optional[str] = None) -> None:
@@ -85,7 +86,8 @@ def depthwise_conv(x: Tensor,
     with torch.autocast(x.device.type, enabled=False):
         y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=1,
                      groups=channels)
-        return _ACTIVATIONS[activation][not y.requires_grad](y.permute(0, 2, 3, 1))
+        activate = (_ACTIVATIONS if y.requires_grad else _IN_PLACE)[activation]
+        return activate(y.permute(0, 2, 3, 1))
 
 
 def add_layer_norm(x: Tensor,
