@@ -235,6 +235,8 @@ def _use_any_backend(node: Any) -> None:
     if isinstance(node, dict):
         if 'scan_backend' in node:
             node['scan_backend'] = 'auto'
+        if 'fused_ops' in node:
+            node['fused_ops'] = ()
         children = node.values()
     for child in children:
         _use_any_backend(child)

@@ -117,7 +117,8 @@ def test_same_count_for_every_backend():
 
 def test_backend_that_cannot_run_is_counted():
     cfg = dict(type='mmpretrain.ImageClassifier', backbone=dict(
-        type='mmgroupmamba.GroupMamba', arch=ARCH, out_indices=(3, ), scan_backend='mamba_ssm'))
+        type='mmgroupmamba.GroupMamba', arch=ARCH, out_indices=(3, ), scan_backend='mamba_ssm',
+        fused_ops=['add_layer_norm']))
     counted = count_config(Config(dict(default_scope='mmpretrain', model=cfg)), SHAPE)
     assert counted.total.scan == by_hand()['scan']
     assert cfg['backbone']['scan_backend'] == 'mamba_ssm'

@@ -109,7 +109,7 @@ class GroupedSSM(nn.Module):
         self.gate_proj = GroupedLinear(self.dim, self.dim)
         self.conv = DepthwiseConv(channels, 'silu', fused_ops)
         self.x_proj = GroupedLinear(self.dim, self.dt_rank + 2 * d_state)
-        self.dt_proj = GroupedLinear(self.dt_rank, self.dim)
+        self.dt_proj = GroupedLinear(self.dt_rank, self.dim)  # applied by the scan
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.A_log = nn.Parameter(torch.empty(channels, d_state))
         self.D = nn.Parameter(torch.empty(channels))

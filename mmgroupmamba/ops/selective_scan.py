@@ -6,6 +6,7 @@ else. Each backend is a module with two functions::
     why_not(device_type: str) -> str | None   # None: it runs on such a device
     scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor
 
+and, where it reads a map better than through sequences, a third, as :mod:`.directional_scan` says.
 A new backend is one such module and one row of ``_BACKENDS``.
 """
 from importlib import import_module
