@@ -146,6 +146,8 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
                               'out, or use a GPU')
         cfg.test_cfg.fp16 = True
     if args.fuse:
+        if 'GroupMamba' not in str(cfg.model):
+            raise LaunchError(f'--fuse: {args.config} has no GroupMamba to fold: leave it out')
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmgroupmamba.FuseHook')]
     if args.show_dir:
         check_folder(args.show_dir, '--show-dir')

@@ -91,7 +91,14 @@ class DistilledLinearHead(LinearClsHead):
         self.apply(init_weights)
 
     def logits(self, feats: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Scores of ``fc`` and of ``dist_fc``, each (B, num_classes)."""
+        """Scores of ``fc`` and of ``dist_fc``, each (B, num_classes).
+
+        Raises:
+            ValueError: The two were folded into one.
+        """
+        if self.dist_fc is None:
+            raise ValueError('the two heads were folded into one for inference by fuse: build the '
+                             'model anew to train it')
         token = self.pre_logits(feats)
         return self.fc(token), self.dist_fc(token)
 

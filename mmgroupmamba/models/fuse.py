@@ -3,11 +3,13 @@
 The plain modules stay the definition; nothing here is needed to run a model.
 """
 from copy import deepcopy
+from typing import Optional
 
 import torch
 import torch.nn as nn
 from mmcv.cnn import fuse_conv_bn
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmgroupmamba.registry import HOOKS
@@ -55,9 +57,11 @@ class FuseHook(Hook):
 
     def before_test_epoch(self, runner: Runner) -> None:
         self.model = runner.model
-        runner.model = fuse(deepcopy(runner.model))
+        # testing needs no wrapper, and DDP's holds what is not to be copied
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        runner.model = fuse(deepcopy(model))
 
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
         runner.model = self.model
 
 

@@ -28,6 +28,7 @@ GROUPS = len(DIRECTIONS)
 
 
 def backend_of(operator: str, fused_ops: Sequence[str]) -> str:
+    """What an operator around the scan runs as: 'triton' where it is named, else 'torch'."""
     return 'triton' if operator in fused_ops else 'torch'
 
 

@@ -61,6 +61,8 @@ def test_classifier():
         fuse(model)
         got = model.head(model.extract_feat(image))
     assert relative(got, want) < 1e-5
+    with pytest.raises(ValueError, match='folded into one for inference'):
+        model.head.logits(model.extract_feat(image))
     assert heads == 2 and sum(isinstance(m, nn.Linear) for m in model.head.modules()) == 1
 
 
@@ -94,13 +96,14 @@ def test_twice_is_once():
         assert all(torch.equal(g, w) for g, w in zip(fuse(model)(image), want))
 
 
-def test_hook_leaves_the_model_alone():
-    runner = SimpleNamespace(model=stirred(GroupMamba(MICRO)))
+@pytest.mark.parametrize('wrap', [lambda model: model, nn.DataParallel])
+def test_hook_leaves_the_model_alone(wrap):
+    runner = SimpleNamespace(model=wrap(stirred(GroupMamba(MICRO))))
     model, before = runner.model, copy.deepcopy(runner.model.state_dict())
     image = torch.randn(1, 3, 64, 64)
     hook = HOOKS.build(dict(type='FuseHook'))
     hook.before_test_epoch(runner)
-    assert runner.model is not model
+    assert runner.model is not model and isinstance(runner.model, GroupMamba)
     with torch.no_grad():
         got = runner.model(image)
     hook.after_test_epoch(runner)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from tiny import SCOPES, load_main, run_tool
+from tiny import ROOT, SCOPES, load_main, run_tool
 
 from mmgroupmamba.checkpoint import from_official
 from mmgroupmamba.registry import MODELS
@@ -95,6 +95,8 @@ def test_bad_inputs(trained, tmp_path, monkeypatch, capfd):
 
     assert 'FILE.pkl' in refused(run.config, run.checkpoint, '--out', 'pred.json')
     assert '--out FILE.pkl' in refused(run.config, run.checkpoint, '--out-item', 'metrics')
+    swin = ROOT / 'configs/camvid/swin/mask-rcnn_swin-nano_fpn_1xb4-12e_camvid.py'
+    assert 'no GroupMamba to fold' in refused(swin, run.checkpoint, '--fuse')
     assert 'augmentation for masks' in refused(run.config, run.checkpoint, '--tta')
     classifier = trained('mmpretrain').config
     assert 'does not draw' in refused(classifier, run.checkpoint, '--tta', '--show-dir', 's')
