@@ -3,14 +3,13 @@
 What is compared takes turns in one process (A B A B), so that a machine that slows down slows all
 alike. Everything here runs on CPU and on CUDA.
 """
-import gc
 import math
 import os
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -19,6 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,16 +120,28 @@ def peak_memory(step: Step, device: str) -> int:
         step(0)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # garbage of an earlier profile would count as memory that this step gives back
-    gc.collect()
     with _profile(ProfilerActivity.CPU, profile_memory=True) as profiler:
         step(0)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    allocations = _allocations(profiler.profiler.kineto_results.experimental_event_tree())
+    sizes: dict[int, int] = {}  # what the step made and still holds, by address
     allocated = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
+    for _, address, size in sorted(allocations):
+        if size > 0:
+            sizes[address] = size
+            allocated += size
+        else:  # 0 for what an earlier profile saw being made: that is no memory won by this step
+            allocated -= sizes.pop(address, 0)
         peak = max(peak, allocated)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """Time, address and bytes (negative where freed) of what torch allocates, all levels."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
+        yield from _allocations(event.children)
 
 
 @contextmanager
