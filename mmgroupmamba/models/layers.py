@@ -141,9 +141,10 @@ class GroupedSSM(nn.Module):
     def scan(self, x: Tensor) -> Tensor:
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32.
         """
+        grouped = *x.shape[:3], GROUPS, -1
         return directional_scan(
-            x.unflatten(-1, (GROUPS, -1)),
-            self.x_proj(x).unflatten(-1, (GROUPS, -1)),  # (B, H, W, 4, R + 2N)
+            x.view(grouped),
+            self.x_proj(x).view(grouped),  # (B, H, W, 4, R + 2N)
             self.dt_proj.weight,
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             self.D,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import around_scan_triton
+from .precision import cast, without_autocast
 from .selective_scan import BackendUnavailableError, default_device
 
 _BACKENDS: dict[str, Optional[ModuleType]] = {
@@ -83,8 +84,8 @@ def depthwise_conv(x: Tensor,
     module = _module('depthwise_conv', backend, x.device.type)
     if module is not None:
         return module.depthwise_conv(x, weight, bias, activation)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=1,
+    with without_autocast(x.device.type):
+        y = F.conv2d(x.permute(0, 3, 1, 2), *cast(x.dtype, weight, bias), padding=1,
                      groups=channels)
         activate = (_ACTIVATIONS if y.requires_grad else _IN_PLACE)[activation]
         return activate(y.permute(0, 2, 3, 1))
@@ -131,9 +132,10 @@ def add_layer_norm(x: Tensor,
     if module is not None:
         return module.add_layer_norm(x, residual, weight, bias, eps, norm_dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         total = x + residual
-        normed = F.layer_norm(total.to(wide), channels, weight.to(wide), bias.to(wide), eps)
+        wide_total, weight, bias = cast(wide, total, weight, bias)
+        normed = F.layer_norm(wide_total, channels, weight, bias, eps)
         return total, normed.to(norm_dtype)
 
 
@@ -169,10 +171,11 @@ def gated_layer_norm(y: Tensor,
     module = _module('gated_layer_norm', backend, y.device.type)
     if module is not None:
         return module.gated_layer_norm(y, gate, weight, bias, eps)
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y.device.type):
         wide = torch.promote_types(y.dtype, torch.float32)
-        normed = F.layer_norm(y.to(wide), grouped[1:], eps=eps)
-        normed = torch.addcmul(bias.to(wide), normed, weight.to(wide)).flatten(-2)
+        y, weight, bias = cast(wide, y, weight, bias)
+        normed = F.layer_norm(y, grouped[1:], eps=eps)
+        normed = torch.addcmul(bias, normed, weight).flatten(-2)
         return normed.to(gate.dtype) * F.silu(gate)
 
 
@@ -194,7 +197,7 @@ def _check(operator: str, device: torch.device,
            **expected: tuple[Tensor, tuple[int, ...]]) -> None:
     """Raise unless each tensor has its shape, is on the map's device and floating."""
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != tuple(shape):
+        if tensor.shape != shape:
             raise ValueError(f'{operator}: {name} must be {tuple(shape)}, got '
                              f'{tuple(tensor.shape)}')
         if tensor.device != device:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .directions import DIRECTIONS, from_sequences, to_sequences
+from .precision import cast, without_autocast
 from .selective_scan import backend_module, resolve_backend
 
 _GROUPS = len(DIRECTIONS)
@@ -68,9 +69,8 @@ def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Te
     height, width = x.shape[1:3]
     states, rank = A.shape[1], dt_weight.shape[2]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        x, x_dbl, dt_weight, A, D, dt_bias = (
-            t.to(dtype) for t in (x, x_dbl, dt_weight, A, D, dt_bias))
+    with without_autocast(x.device.type):
+        x, x_dbl, dt_weight, A, D, dt_bias = cast(dtype, x, x_dbl, dt_weight, A, D, dt_bias)
         u = to_sequences(x).flatten(2)  # (batch, L, C)
         dt, B, C = to_sequences(x_dbl).split([rank, states, states], dim=-1)
         delta = grouped_linear(dt.flatten(2), dt_weight, dt_bias)
@@ -83,7 +83,7 @@ def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Te
             D,
             None,
             True)
-    return from_sequences(y.transpose(1, 2).unflatten(2, (_GROUPS, -1)), height, width)
+    return from_sequences(y.transpose(1, 2).view(u.shape[0], -1, *x.shape[3:]), height, width)
 
 
 def one_token(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def one_token(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, D: Tensor, dt_bias: T
     """
     states = (x_dbl.shape[-1] - dt_weight.shape[2]) // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        x, x_dbl, dt_weight, D, dt_bias = (t.to(dtype) for t in (x, x_dbl, dt_weight, D, dt_bias))
+    with without_autocast(x.device.type):
+        x, x_dbl, dt_weight, D, dt_bias = cast(dtype, x, x_dbl, dt_weight, D, dt_bias)
         dt, B, C = x_dbl.split([dt_weight.shape[2], states, states], dim=-1)
         delta = F.softplus(grouped_linear(dt.flatten(3), dt_weight, dt_bias))
         delta = delta.unflatten(-1, x.shape[3:])
@@ -130,7 +130,7 @@ def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
         D=(D, (channels, )),
         dt_bias=(dt_bias, (channels, )))
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or 0 in shape:
+        if tensor.shape != shape or 0 in shape:
             raise ValueError(f'directional_scan: {name} must be {shape} and not empty, got '
                              f'{tuple(tensor.shape)}')
         if tensor.device != x.device:

@@ -62,8 +62,8 @@ def to_sequences(x: Tensor) -> Tensor:
         Sequences of shape (B, L, 4, d), L = H * W.
     """
     orders = scan_orders(*x.shape[1:3], x.device)
-    rows = _Reorder.apply(x.flatten(1, 3), orders.rows, orders.rows_back)
-    return rows.unflatten(1, (-1, len(DIRECTIONS)))
+    rows = _reorder(x.flatten(1, 3), orders.rows, orders.rows_back)
+    return rows.view(x.shape[0], -1, *x.shape[3:])
 
 
 def from_sequences(y: Tensor, height: int, width: int) -> Tensor:
@@ -78,8 +78,8 @@ def from_sequences(y: Tensor, height: int, width: int) -> Tensor:
         Map of shape (B, H, W, 4, d).
     """
     orders = scan_orders(height, width, y.device)
-    rows = _Reorder.apply(y.flatten(1, 2), orders.rows_back, orders.rows)
-    return rows.unflatten(1, (height, width, len(DIRECTIONS)))
+    rows = _reorder(y.flatten(1, 2), orders.rows_back, orders.rows)
+    return rows.view(y.shape[0], height, width, *y.shape[2:])
 
 
 def scan_orders(height: int, width: int, device: torch.device) -> Orders:
@@ -109,6 +109,12 @@ def _make_orders(height: int, width: int, device: torch.device) -> Orders:
     group = torch.arange(len(DIRECTIONS), device=device)
     rows, rows_back = ((t.t() * len(DIRECTIONS) + group).flatten() for t in (tokens, places))
     return Orders(tokens, places, rows, rows_back)
+
+
+def _reorder(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # spare what an autograd.Function costs
+        return x.index_select(1, order)
+    return _Reorder.apply(x, order, back)
 
 
 class _Reorder(torch.autograd.Function):

@@ -1,19 +1,26 @@
 """The scan in plain PyTorch on any device: O(log L) steps, each over all channels at once.
 
-A recurrence over L tokens becomes one over L / 2: every second token takes in the token before it,
-the recurrence runs over these pairs, and what enters a token between two pairs is added last (the
-work-efficient parallel scan of Brent and Kung, 1982; Blelloch, 1990). Decays are values in (0, 1],
+A recurrence over L tokens becomes one over L / 4: in every group of four each token takes in the
+one before it, the recurrence runs over the groups' last tokens, and what enters a group is added to
+its other tokens last (the work-efficient parallel scan of Brent and Kung, 1982; Blelloch, 1990; in
+fours, because PyTorch's operations have a price of their own). Decays are values in (0, 1],
 multiplied, never logarithms subtracted, so nothing overflows. The backward is the same recurrence
 read from the end.
 
 Forward and backward are operators of torch.library: torch.compile puts one node for each into its
 graph, whatever L is.
 """
+from itertools import pairwise
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .precision import cast, without_autocast
+
+_RADIX = 4
+_WALKED = 16  # so few tokens are walked one by one
 
 
 def why_not(device_type: str) -> Optional[str]:
@@ -25,8 +32,8 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     """See :func:`mmgroupmamba.ops.selective_scan`. Fastest where the channels of u and delta
     are contiguous in memory."""
     dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
-        x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    with without_autocast(u.device.type):
+        x, delta, A, B, C = cast(dtype, u, delta, A, B, C)
         D = D if D is None else D.to(dtype)
         if delta_bias is not None:
             delta = delta + delta_bias.to(dtype)[:, None]
@@ -44,21 +51,38 @@ def _recurrence(decay: Tensor, h: Tensor, reverse: bool = False) -> None:
         reverse: Run from the last token to the first.
     """
     length = h.shape[1]
-    if length == 1:
+    if length <= _WALKED:
+        _walk(decay, h, reverse)
         return
-    odd = length % 2
+    rest = length % _RADIX
+    whole = slice(rest, length) if reverse else slice(length - rest)
+    # (batch, L // 4, 4, S); of each group of four its tokens in the order of the recurrence
+    groups = h.shape[0], -1, _RADIX, h.shape[2]
+    decays, states = decay[:, whole].view(groups), h[:, whole].view(groups)
+    decay_of, state_of = decays.unbind(2), states.unbind(2)
     if reverse:
-        # counted from the end, so that the last token has nothing before it
-        second, first = slice(odd, length - 1, 2), slice(odd + 1, None, 2)
-        between, before = slice(1 - odd, length - 2, 2), slice(2 - odd, length - 1, 2)
+        decay_of, state_of = decay_of[::-1], state_of[::-1]
+    for i in range(1, _RADIX):
+        state_of[i].addcmul_(decay_of[i], state_of[i - 1])
+        decay_of[i].mul_(decay_of[i - 1])  # from now on the decay since the group's start
+    _recurrence(decay_of[-1], state_of[-1], reverse)
+    entering = state_of[-1][:, :, None]
+    if reverse:
+        states[:, :-1, 1:].addcmul_(decays[:, :-1, 1:], entering[:, 1:])
     else:
-        second, first = slice(1, None, 2), slice(0, length - 1, 2)
-        between, before = slice(2, None, 2), slice(1, length - 1, 2)
-    decays, states = decay[:, second], h[:, second]
-    states.addcmul_(decays, h[:, first])
-    decays.mul_(decay[:, first])
-    _recurrence(decays, states, reverse)
-    h[:, between].addcmul_(decay[:, between], h[:, before])
+        states[:, 1:, :-1].addcmul_(decays[:, 1:, :-1], entering[:, :-1])
+    if rest:
+        last = slice(rest + 1) if reverse else slice(length - rest - 1, length)
+        _walk(decay[:, last], h[:, last], reverse)
+
+
+def _walk(decay: Tensor, h: Tensor, reverse: bool) -> None:
+    """The recurrence token by token, the first of them left as it is."""
+    steps = list(zip(decay.unbind(1), h.unbind(1)))
+    if reverse:
+        steps.reverse()
+    for (_, before), (factor, state) in pairwise(steps):
+        state.addcmul_(factor, before)
 
 
 @torch.library.custom_op('mmgroupmamba::blocked_scan', mutates_args=())
@@ -149,11 +173,12 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _tokens_first(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
-    groups = B.shape[1]
+    batch, groups, _, length = B.shape
+    grouped = batch, length, groups, -1
     return (
-        x.transpose(1, 2).unflatten(2, (groups, -1)),  # (batch, L, G, d)
-        delta.transpose(1, 2).unflatten(2, (groups, -1)),
-        A.unflatten(0, (groups, -1)),  # (G, d, N)
+        x.transpose(1, 2).view(*grouped),  # (batch, L, G, d)
+        delta.transpose(1, 2).view(*grouped),
+        A.view(groups, -1, A.shape[1]),  # (G, d, N)
         B.permute(0, 3, 1, 2)[:, :, :, None],  # (batch, L, G, 1, N)
         C.permute(0, 3, 1, 2)[:, :, :, None],
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .directions import DIRECTIONS, scan_orders
+from .precision import without_autocast
 
 _CHUNK = 2048  # tokens between two states that the kernel keeps for its backward
 _MAX_STATES = 256
@@ -76,7 +77,7 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
         raise ValueError("mamba-ssm's kernel has no float64: use backend='blocked'")
     height, width = x.shape[1:3]
     states, rank = A.shape[1], dt_weight.shape[2]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         order, inverse, *_ = scan_orders(height, width, x.device)
         u = _Reorder.apply(x.flatten(1, 2), order, inverse, _BATCH_FIRST, False)
         # (4, R + 2N, batch, L): then the step is one matrix product a group
@@ -137,7 +138,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         weight, x = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return torch.bmm(grad, x.transpose(1, 2)), torch.bmm(weight.transpose(1, 2), grad)
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import cast, without_autocast
+
 
 def why_not(device_type: str) -> Optional[str]:
     return None
@@ -17,8 +19,8 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
          delta_bias: Optional[Tensor], delta_softplus: bool) -> Tensor:
     """See :func:`mmgroupmamba.ops.selective_scan`. Linear in L; differentiated by autograd."""
     dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
-        x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    with without_autocast(u.device.type):
+        x, delta, A, B, C = cast(dtype, u, delta, A, B, C)
         if delta_bias is not None:
             delta = delta + delta_bias.to(dtype)[:, None]
         if delta_softplus:
