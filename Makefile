@@ -5,6 +5,9 @@ TEST_JOBS ?= 2
 # more arguments for demo, test or lint, for example make test ARGS='-k scan'
 ARGS ?=
 VENV_PYTHON := .venv/bin/python
+# a file's tests in one process, in the files' order: the file with the fewest tests, which xdist
+# would keep for the end, takes longest
+SIDE_BY_SIDE = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 # of the tests, what the original family must pass: configs, models, a round a task
 ORIGINAL_TESTS := tests/test_configs/test_build.py tests/test_models tests/test_ops \
@@ -36,12 +39,11 @@ demo: install
 	@$(VENV_PYTHON) demo/shapes_demo.py $(ARGS)
 
 test: install
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-original:
 	@'$(PYTHON)' tools/install.py --family original
-	@OMP_NUM_THREADS=1 .venv-original/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile \
-	  $(ORIGINAL_TESTS) $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-original/bin/python -m pytest $(SIDE_BY_SIDE) $(ORIGINAL_TESTS) $(ARGS)
 
 lint: install
 	@$(VENV_PYTHON) -m ruff check . $(ARGS)

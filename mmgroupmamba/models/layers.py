@@ -33,7 +33,11 @@ def backend_of(operator: str, fused_ops: Sequence[str]) -> str:
 
 
 class ChannelsLastConv2d(nn.Conv2d):
-    """Conv2d from (B, H, W, C_in) to (B, H', W', C_out)."""
+    """Conv2d from (B, H, W, C_in) to (B, H', W', C_out), its weight laid out as its maps are."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -253,6 +257,7 @@ class Stem(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden_channels, channels, 3, stride=2, padding=1)
         self.norm = nn.LayerNorm(channels)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(x.contiguous(memory_format=torch.channels_last))

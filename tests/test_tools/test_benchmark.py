@@ -345,6 +345,16 @@ def test_peak_memory():
     assert measure.peak_memory(gives_back, 'cpu') == 4 * 10**5
 
 
+def test_count_of_aten_ops():
+    """What a custom operator does inside counts, what an aten op does inside does not."""
+    linear, x = torch.nn.Linear(2, 3), torch.ones(4, 2)
+    assert measure.count_launches(lambda _: linear(x).relu(), 'cpu') == 2
+    u, B = torch.rand(1, 4, 50), torch.rand(1, 4, 1, 50)
+    count = measure.count_launches(
+        lambda _: selective_scan(u, u, -torch.ones(4, 1), B, B, backend='blocked'), 'cpu')
+    assert 30 < count < 150
+
+
 def test_relative_error():
     one = torch.ones(4)
     assert measure.relative_error(one * 1.5, one) == pytest.approx(0.5)

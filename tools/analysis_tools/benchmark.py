@@ -530,7 +530,7 @@ class Benchmark:
             f'GroupMamba {args.arch}, {args.amp or "float32"}, {place}, torch {facts["torch"]}, '
             f'{datetime.now(timezone.utc):%Y-%m-%d}',
             f'copy {self.rates.copy / 1e9:.1f} GB/s, matmul {self.rates.matmul / 1e12:.3f} TFLOP/s '
-            '(measured, best of 12)',
+            '(measured)',
             '', self.table(), '',
             f'ratio: against {args.baseline or "the first row of a pass"}. peak MB: parameters, '
             f'buffers, one input and {peak}. GB, GFLOP: what the plain model moves and computes '
