@@ -193,6 +193,21 @@ class ModulatedGroupMamba(nn.Module):
         return self.proj(self.norm(y))
 
 
+class WideningLinear(nn.Linear):
+    """Linear map to many more channels: (B, H, W, C_in) -> (B, H, W, C_out).
+
+    On CPU in eager inference as the 1x1 convolution that it is: that adds the bias within the
+    product, where torch's linear layer first fills its output with it, and here the output is the
+    block's widest map.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        weight = self.weight[:, :, None, None]
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
+
+
 class ConvFFN(nn.Module):
     """Feed-forward with a depthwise convolution before its GELU: (B, H, W, C) in and out."""
 
@@ -201,7 +216,7 @@ class ConvFFN(nn.Module):
                  hidden_channels: int,
                  fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.fc1 = WideningLinear(channels, hidden_channels)
         self.conv = DepthwiseConv(hidden_channels, 'gelu', fused_ops)
         self.fc2 = nn.Linear(hidden_channels, channels)
 
