@@ -202,7 +202,8 @@ class WideningLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if x.device.type != 'cpu' or torch.is_grad_enabled() or traced:
             return super().forward(x)
         weight = self.weight[:, :, None, None]
         return F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)

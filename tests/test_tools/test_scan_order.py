@@ -45,15 +45,18 @@ def test_response_is_the_groups_own_and_without_the_skip(
         tool: ModuleType, backbone: GroupMamba, group: int) -> None:
     ssm = backbone.stages[0].blocks[0].mixer.ssm
     inputs = torch.randn(1, 3, 64, 32)
-    before = tool.state_response(backbone, inputs, 1, 1)
     with torch.no_grad():
+        ssm.in_proj.weight.mul_(50)  # fresh weights leave 1e-6 of a response
+        before = tool.state_response(backbone, inputs, 1, 1)
+        noise = 1e-5 * before.amax((1, 2), keepdim=True)
         ssm.D.mul_(3)
-        assert torch.allclose(tool.state_response(backbone, inputs, 1, 1), before, atol=1e-6)
+        assert ((tool.state_response(backbone, inputs, 1, 1) - before).abs() < noise).all()
         ssm.x_proj.weight[group, -ssm.d_state:] = 0  # C of one group
-    after = tool.state_response(backbone, inputs, 1, 1)
-    assert after[group].max() < 1e-6 < before[group].max()
+        change = (tool.state_response(backbone, inputs, 1, 1) - before).abs()
+    assert before.amax((1, 2)).min() > 1e-3
     others = [g for g in range(GROUPS) if g != group]
-    assert torch.allclose(after[others], before[others], atol=1e-6)
+    assert (change[others] < noise[others]).all()
+    assert ((change[group] - before[group]).abs() < noise[group]).all()
 
 
 def test_response_lies_on_the_map(tool: ModuleType, backbone: GroupMamba) -> None:
