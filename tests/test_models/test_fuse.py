@@ -101,7 +101,7 @@ def test_hook_leaves_the_model_alone(wrap):
     runner = SimpleNamespace(model=wrap(stirred(GroupMamba(MICRO))))
     model, before = runner.model, copy.deepcopy(runner.model.state_dict())
     image = torch.randn(1, 3, 64, 64)
-    hook = HOOKS.build(dict(type='FuseHook'))
+    hook = HOOKS.build(dict(type='mmgroupmamba.FuseHook'))
     hook.before_test_epoch(runner)
     assert runner.model is not model and isinstance(runner.model, GroupMamba)
     with torch.no_grad():
