@@ -7,28 +7,38 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmcv.cnn import fuse_conv_bn
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import Tensor
 
+from mmgroupmamba.ops import block_diagonal, with_padding, without_padding
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
+from .layers import Block, DepthwiseConv, GroupedSSM
 
 
 @torch.no_grad()
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.Module:
     """Fold a trained model for inference, in place; its outputs stay within 1e-5.
 
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
-    - the two heads of a distilled classifier, whose average is the prediction, into one.
+    - the two heads of a distilled classifier, whose average is the prediction, into one;
+    - on CUDA, the linear maps of the four groups into one with a block-diagonal matrix;
+    - on CUDA, stages whose rows are no multiple of 16 bytes in half precision get zero channels
+      (:func:`pad_channels`).
 
     The model is put in eval mode and takes no gradient afterwards. It has other parameters than
     before, so checkpoints are loaded first and it is not saved.
 
     Args:
-        model: Any model around our backbone, or a part of one.
+        model: Any model around our backbone, or a part of one, on the device it will run on.
+        autocast_dtype: Of the autocast it will run under, if it will: what autocast would cast in
+            every forward pass of the backbone is cast here once. Outputs are as under autocast,
+            which must be on then.
 
     Returns:
         The model.
@@ -44,6 +54,13 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if getattr(module, 'dist_fc', None) is not None:
             _fold_heads(module)
+    # below, what is done already stays as it is
+    for backbone in [m for m in model.modules() if isinstance(m, GroupMamba)]:
+        if next(backbone.parameters()).is_cuda:
+            pad_channels(backbone)
+            _join_groups(backbone)
+        if autocast_dtype is not None:
+            _cast_maps(backbone, autocast_dtype)
     return model.requires_grad_(False)
 
 
@@ -70,3 +87,103 @@ def _fold_heads(head: nn.Module) -> None:
     for name, parameter in head.fc.named_parameters():
         parameter.add_(head.dist_fc.get_parameter(name)).div_(2)
     head.dist_fc = None
+
+
+# dims of a block's parameters that are its channels, all C or the d of each group
+_CHANNELS = {
+    'mixer.norm.weight': 0, 'mixer.norm.bias': 0,
+    'mixer.affinity.fc1.weight': 1, 'mixer.affinity.fc2.weight': 0, 'mixer.affinity.fc2.bias': 0,
+    'mixer.ssm.conv.weight': 0, 'mixer.ssm.conv.bias': 0,
+    'mixer.ssm.dt_bias': 0, 'mixer.ssm.A_log': 0, 'mixer.ssm.D': 0,
+    'mixer.proj.weight': (0, 1), 'mixer.proj.bias': 0,
+    'norm.weight': 0, 'norm.bias': 0,
+    'ffn.fc1.weight': 1, 'ffn.fc2.weight': 0, 'ffn.fc2.bias': 0,
+}
+_GROUP_CHANNELS = {
+    'mixer.ssm.in_proj.weight': (1, 2), 'mixer.ssm.gate_proj.weight': (1, 2),
+    'mixer.ssm.out_proj.weight': (1, 2), 'mixer.ssm.x_proj.weight': 2,
+    'mixer.ssm.dt_proj.weight': 1, 'mixer.ssm.norm.weight': 1, 'mixer.ssm.norm.bias': 1,
+}
+
+
+@torch.no_grad()
+def pad_channels(backbone: GroupMamba, multiple: int = 8, most: float = 1.05) -> None:
+    """Widen the groups of a stage's blocks to a multiple of channels, in place, for inference.
+
+    The channels that are added are zero everywhere and do not count in the norms, so the outputs
+    stay as they are. A GPU's matrix units want rows of 16 bytes: with 4 * 88 channels instead of
+    tiny's 4 * 87 they take a third of the time.
+
+    Args:
+        backbone: Not padded yet.
+        multiple: Of which a group's channels become one.
+        most: A stage that would become wider than this many times its channels is left as it is.
+    """
+    for stage in backbone.stages:
+        real = stage.blocks[0].mixer.ssm.dim
+        width = -(-real // multiple) * multiple
+        if not real < width <= most * real:
+            continue
+        for block in stage.blocks:
+            _pad_block(block, real, width)
+        stage.embed = nn.Sequential(stage.embed, _Padding(width))
+        stage.norm = nn.Sequential(_WithoutPadding(real), stage.norm)
+
+
+class _Padding(nn.Module):
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return with_padding(x, self.width)
+
+
+class _WithoutPadding(nn.Module):
+
+    def __init__(self, real: int) -> None:
+        super().__init__()
+        self.real = real
+
+    def forward(self, x: Tensor) -> Tensor:
+        return without_padding(x, self.real)
+
+
+def _pad_block(block: Block, real: int, width: int) -> None:
+    for table, pad in ((_CHANNELS, lambda t: with_padding(t, width)),
+                       (_GROUP_CHANNELS, lambda t: F.pad(t, (0, width - real)))):
+        for name, dims in table.items():
+            parameter = block.get_parameter(name)
+            value = parameter.data
+            for dim in (dims, ) if isinstance(dims, int) else dims:
+                value = pad(value.movedim(dim, -1)).movedim(-1, dim)
+            parameter.data = value.contiguous()
+    for norm in (block.norm, block.mixer.norm, block.mixer.ssm.norm):
+        norm.real = real
+    block.mixer.ssm.dim = width
+    for module in block.modules():  # what is printed of them
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.LayerNorm):
+            module.normalized_shape = module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            module.in_channels = module.out_channels = module.groups = len(module.weight)
+
+
+def _join_groups(backbone: GroupMamba) -> None:
+    for ssm in [m for m in backbone.modules() if isinstance(m, GroupedSSM)]:
+        for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj'):
+            if isinstance(getattr(ssm, name), nn.Linear):
+                continue
+            weight = block_diagonal(getattr(ssm, name).weight)
+            linear = nn.Linear(*reversed(weight.shape), bias=False, device='meta')
+            linear.weight = nn.Parameter(weight)
+            setattr(ssm, name, linear.eval())
+
+
+def _cast_maps(backbone: GroupMamba, dtype: torch.dtype) -> None:
+    for module in backbone.modules():
+        depthwise = isinstance(module, DepthwiseConv)  # its kernel reads float32
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not depthwise:
+            module.to(dtype)

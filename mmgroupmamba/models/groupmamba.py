@@ -16,7 +16,7 @@ from mmgroupmamba.checkpoint import load_backbone
 from mmgroupmamba.ops import check_backend, check_fused_ops
 from mmgroupmamba.registry import MODELS
 
-from .layers import GROUPS, Block, Downsample, Stem, init_weights
+from .layers import GROUPS, Block, Downsample, LayerNorm, Stem, init_weights
 
 MIN_SIZE = 32
 
@@ -115,9 +115,10 @@ class GroupMamba(BaseModule):
             belongs to the class token (:class:`~.classification.ClassBlockNeck`).
         scan_backend: 'auto', 'reference', 'blocked', 'mamba_ssm' or 'triton'; see
             :func:`mmgroupmamba.ops.selective_scan`.
-        fused_ops: Of 'depthwise_conv' (with bias and activation), 'add_layer_norm' (residual sum
-            and norm), 'gated_layer_norm' (the groups' norms and gate): those that run as one
-            Triton kernel each on CUDA. The others run as PyTorch defines them.
+        fused_ops: Of 'depthwise_conv' (with bias and activation), 'layer_norm', 'add_layer_norm'
+            (residual sum and norm), 'modulate_layer_norm' (the groups' product with the layer's
+            input and its norm), 'gated_layer_norm' (the groups' norms and gate): those that run as
+            one Triton kernel each on CUDA. The others run as PyTorch defines them.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.
 
@@ -164,13 +165,15 @@ class GroupMamba(BaseModule):
         self.stages = nn.ModuleList()
         for i in range(out_indices[-1] + 1):
             embed = (
-                Downsample(dims[i - 1], dims[i]) if i else
-                Stem(self.arch['stem_hidden_dim'], dims[0]))
+                Downsample(dims[i - 1], dims[i], fused_ops) if i else
+                Stem(self.arch['stem_hidden_dim'], dims[0], fused_ops))
             blocks = [
                 Block(dims[i], self.arch['mlp_ratios'][i], rate, scan_backend, fused_ops)
                 for rate in rates[i].tolist()
             ]
-            norm = nn.LayerNorm(dims[i], eps=1e-6) if i < 3 or final_norm else nn.Identity()
+            norm = (
+                LayerNorm(dims[i], 1e-6, fused_ops=fused_ops)
+                if i < 3 or final_norm else nn.Identity())
             self.stages.append(Stage(embed, blocks, norm))
         self.apply(init_weights)
         self._freeze()

@@ -8,6 +8,7 @@ official repository for what the paper leaves open.
 """
 import math
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,9 @@ from mmgroupmamba.ops import (
     directional_scan,
     gated_layer_norm,
     grouped_linear,
+    layer_norm,
+    linear_dtype,
+    modulate_layer_norm,
 )
 
 GROUPS = len(DIRECTIONS)
@@ -56,6 +60,32 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise_conv(x, self.weight, self.bias, self.activation, self.backend)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels, (B, H, W, C) in and out.
+
+    Args:
+        before_linear: The result goes into linear layers: where it is one kernel, it is in their
+            dtype.
+
+    Attributes:
+        real: Of each quarter of the channels, how many count; see :func:`~.fuse.pad_channels`.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, before_linear: bool = False,
+                 fused_ops: Sequence[str] = ()) -> None:
+        super().__init__(channels, eps)
+        self.before_linear = before_linear
+        self.backend = backend_of('layer_norm', fused_ops)
+        self.real: Optional[int] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.backend == 'torch' and self.real is None:
+            return super().forward(x)
+        fused = self.backend == 'triton'
+        dtype = linear_dtype(x) if fused and self.before_linear else None
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.real, self.backend)
+
+
 class GroupedLinear(nn.Module):
     """One linear map for each of the four groups of channels, without bias, as a single operation.
 
@@ -81,9 +111,11 @@ class GatedLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(GROUPS, channels))
         self.bias = nn.Parameter(torch.zeros(GROUPS, channels))
         self.backend = backend_of('gated_layer_norm', fused_ops)
+        self.real: Optional[int] = None
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
-        return gated_layer_norm(y, gate, self.weight, self.bias, backend=self.backend)
+        return gated_layer_norm(y, gate, self.weight, self.bias, real=self.real,
+                                backend=self.backend)
 
 
 class GroupedSSM(nn.Module):
@@ -181,16 +213,24 @@ class ModulatedGroupMamba(nn.Module):
                  scan_backend: str = 'auto',
                  fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels, before_linear=True, fused_ops=fused_ops)
         self.affinity = ChannelAffinity(channels)
         self.ssm = GroupedSSM(channels, scan_backend=scan_backend, fused_ops=fused_ops)
         self.skip_scale = nn.Parameter(torch.ones(1))
+        self.fused_modulation = 'modulate_layer_norm' in fused_ops
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        y = self.ssm(x) * x * (self.skip_scale * self.affinity(x))
-        return self.proj(self.norm(y))
+        norm = self.norm
+        x = norm(x)
+        y = self.ssm(x)
+        factor = self.skip_scale * self.affinity(x)
+        if self.fused_modulation:
+            y = modulate_layer_norm(y, x, factor, norm.weight, norm.bias, norm.eps,
+                                    linear_dtype(y), norm.real, backend='triton')
+        else:
+            y = norm(y * x * factor)
+        return self.proj(y)
 
 
 class WideningLinear(nn.Linear):
@@ -239,7 +279,7 @@ class Block(nn.Module):
                  fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.mixer = ModulatedGroupMamba(channels, scan_backend, fused_ops)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = LayerNorm(channels, 1e-6, before_linear=True, fused_ops=fused_ops)
         self.fused_norm = 'add_layer_norm' in fused_ops
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -248,8 +288,8 @@ class Block(nn.Module):
         branch = self.drop_path(self.mixer(x))
         if self.fused_norm:
             norm = self.norm
-            x, normed = add_layer_norm(
-                branch, x, norm.weight, norm.bias, norm.eps, backend='triton')
+            x, normed = add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps,
+                                       linear_dtype(x), norm.real, backend='triton')
         else:
             x = x + branch
             normed = self.norm(x)
@@ -259,7 +299,8 @@ class Block(nn.Module):
 class Stem(nn.Module):
     """Image (B, 3, H, W) -> normed map (B, ceil(H / 4), ceil(W / 4), C)."""
 
-    def __init__(self, hidden_channels: int, channels: int) -> None:
+    def __init__(self, hidden_channels: int, channels: int,
+                 fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         layers = []
         for in_channels, kernel, stride in ((3, 7, 2), (hidden_channels, 3, 1),
@@ -272,7 +313,7 @@ class Stem(nn.Module):
             ]
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden_channels, channels, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels, fused_ops=fused_ops)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -283,10 +324,10 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """(B, H, W, C_in) -> normed map (B, ceil(H / 2), ceil(W / 2), C_out)."""
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.proj = ChannelsLastConv2d(in_channels, channels, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels, fused_ops=fused_ops)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))

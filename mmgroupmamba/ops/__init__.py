@@ -5,9 +5,14 @@ from .around_scan import (
                           check_fused_ops,
                           depthwise_conv,
                           gated_layer_norm,
+                          layer_norm,
+                          modulate_layer_norm,
+                          with_padding,
+                          without_padding,
 )
-from .directional_scan import directional_scan, grouped_linear
+from .directional_scan import block_diagonal, directional_scan, grouped_linear
 from .directions import DIRECTIONS, from_sequences, to_sequences
+from .precision import linear_dtype
 from .selective_scan import (
                              BackendUnavailableError,
                              available_backends,
@@ -18,6 +23,9 @@ from .selective_scan import (
 
 __all__ = [
     'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'add_layer_norm', 'available_backends',
+    'block_diagonal',
     'check_backend', 'check_fused_ops', 'depthwise_conv', 'directional_scan', 'from_sequences',
-    'gated_layer_norm', 'grouped_linear', 'resolve_backend', 'selective_scan', 'to_sequences'
+    'gated_layer_norm', 'grouped_linear', 'layer_norm', 'linear_dtype', 'modulate_layer_norm',
+    'resolve_backend', 'selective_scan', 'to_sequences',
+    'with_padding', 'without_padding'
 ]

@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import around_scan_triton
+from .directions import DIRECTIONS
 from .precision import cast, without_autocast
 from .selective_scan import BackendUnavailableError, default_device
 
+GROUPS = len(DIRECTIONS)
 _BACKENDS: dict[str, Optional[ModuleType]] = {
     'torch': None,
     'triton': around_scan_triton,
 }
-FUSED_OPS = ('depthwise_conv', 'add_layer_norm', 'gated_layer_norm')
+FUSED_OPS = ('depthwise_conv', 'layer_norm', 'add_layer_norm', 'modulate_layer_norm',
+             'gated_layer_norm')
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     'gelu': F.gelu,
     'silu': F.silu,
@@ -91,12 +94,47 @@ def depthwise_conv(x: Tensor,
         return activate(y.permute(0, 2, 3, 1))
 
 
+def layer_norm(x: Tensor,
+               weight: Tensor,
+               bias: Tensor,
+               eps: float = 1e-5,
+               norm_dtype: Optional[torch.dtype] = None,
+               real: Optional[int] = None,
+               backend: str = 'torch') -> Tensor:
+    """LayerNorm over the channels of a map.
+
+    Args:
+        x: (batch, H, W, C), floating.
+        weight, bias: (C,).
+        eps: Added to the variance.
+        norm_dtype: Of the result, as for :func:`add_layer_norm`.
+        real: Of the channels of each quarter, how many count. The others, behind them, are zero,
+            and so is what comes of them: padding that makes a row of the map a multiple of 16
+            bytes. None: all count.
+        backend: 'torch' or 'triton'. The Triton kernels keep only x for the backward.
+
+    Returns:
+        The norm, (batch, H, W, C); its statistics are in float32 at least.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    _check_norm('layer_norm', x, weight, bias)
+    norm_dtype = norm_dtype or _norm_dtype(x)
+    module = _module('layer_norm', backend, x.device.type)
+    if module is not None:
+        return module.layer_norm(x, weight, bias, eps, norm_dtype, real)
+    return _wide_layer_norm(x, weight, bias, eps, norm_dtype, real)
+
+
 def add_layer_norm(x: Tensor,
                    residual: Tensor,
                    weight: Tensor,
                    bias: Tensor,
                    eps: float = 1e-5,
                    norm_dtype: Optional[torch.dtype] = None,
+                   real: Optional[int] = None,
                    backend: str = 'torch') -> tuple[Tensor, Tensor]:
     """The residual stream after an addition, and its LayerNorm over the channels.
 
@@ -106,8 +144,11 @@ def add_layer_norm(x: Tensor,
         weight, bias: Of the norm, (C,).
         eps: Added to the variance.
         norm_dtype: Of the norm; None means what F.layer_norm gives: float32 under autocast on
-            CUDA, else the sum's. To ask for the dtype of the linear layer that comes next saves
-            its cast.
+            CUDA, else the sum's. To ask for the dtype of the linear layer that comes next
+            (:func:`linear_dtype`) saves its cast.
+        real: Of the channels of each quarter, how many count. The others, behind them, are zero,
+            and so is what comes of them: padding that makes a row of the map a multiple of 16
+            bytes. None: all count.
         backend: 'torch' or 'triton'. The Triton kernels keep only the sum for the backward.
 
     Returns:
@@ -118,25 +159,92 @@ def add_layer_norm(x: Tensor,
         ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
-    if x.dim() != 4 or 0 in x.shape:
-        raise ValueError('add_layer_norm: x must be (batch, H, W, C) and not empty, got '
-                         f'{tuple(x.shape)}')
-    channels = (x.shape[3], )
-    _check('add_layer_norm', x.device, x=(x, x.shape), residual=(residual, x.shape),
-           weight=(weight, channels), bias=(bias, channels))
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    if norm_dtype is None:
-        amp = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')
-        norm_dtype = torch.float32 if amp and dtype != torch.float64 else dtype
+    _check_norm('add_layer_norm', x, weight, bias, residual=residual)
+    norm_dtype = norm_dtype or _norm_dtype(x, residual)
     module = _module('add_layer_norm', backend, x.device.type)
     if module is not None:
-        return module.add_layer_norm(x, residual, weight, bias, eps, norm_dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+        return module.add_layer_norm(x, residual, weight, bias, eps, norm_dtype, real)
     with without_autocast(x.device.type):
         total = x + residual
-        wide_total, weight, bias = cast(wide, total, weight, bias)
-        normed = F.layer_norm(wide_total, channels, weight, bias, eps)
-        return total, normed.to(norm_dtype)
+    return total, _wide_layer_norm(total, weight, bias, eps, norm_dtype, real)
+
+
+def modulate_layer_norm(y: Tensor,
+                        x: Tensor,
+                        factor: Tensor,
+                        weight: Tensor,
+                        bias: Tensor,
+                        eps: float = 1e-5,
+                        norm_dtype: Optional[torch.dtype] = None,
+                        real: Optional[int] = None,
+                        backend: str = 'torch') -> Tensor:
+    """LayerNorm of two maps' product, whose channels are weighted in each image (equation 7).
+
+    Args:
+        y, x: Maps (batch, H, W, C), floating.
+        factor: (batch, 1, 1, C).
+        weight, bias: Of the norm, (C,).
+        eps: Added to the variance.
+        norm_dtype: Of the result, as for :func:`add_layer_norm`.
+        real: Of the channels of each quarter, how many count. The others, behind them, are zero,
+            and so is what comes of them: padding that makes a row of the map a multiple of 16
+            bytes. None: all count.
+        backend: 'torch' or 'triton'. The Triton kernels keep only y, x and factor for the
+            backward.
+
+    Returns:
+        LayerNorm(y * x * factor), (batch, H, W, C); product and statistics are in float32 at
+        least.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    _check_norm('modulate_layer_norm', y, weight, bias, x=x)
+    _check('modulate_layer_norm', y.device, factor=(factor, (len(y), 1, 1, y.shape[3])))
+    norm_dtype = norm_dtype or _norm_dtype(y, x, factor)
+    module = _module('modulate_layer_norm', backend, y.device.type)
+    if module is not None:
+        return module.modulate_layer_norm(y, x, factor, weight, bias, eps, norm_dtype,
+                                          real)
+    with without_autocast(y.device.type):
+        dtype = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
+        y, x, factor = cast(dtype, y, x, factor)
+        product = y * x * factor
+    return _wide_layer_norm(product, weight, bias, eps, norm_dtype, real)
+
+
+def _norm_dtype(*tensors: Tensor) -> torch.dtype:
+    """What F.layer_norm gives for tensors' sum or product."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    amp = tensors[0].is_cuda and torch.is_autocast_enabled('cuda')
+    return torch.float32 if amp and dtype != torch.float64 else dtype
+
+
+def _wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+                     real: Optional[int]) -> Tensor:
+    """The definition, in float32 at least; rounded once."""
+    with without_autocast(x.device.type):
+        x, weight, bias = cast(torch.promote_types(x.dtype, torch.float32), x, weight, bias)
+        channels = x.shape[-1:]
+        if real is None:
+            return F.layer_norm(x, channels, weight, bias, eps).to(dtype)
+        x, weight, bias = (without_padding(t, real) for t in (x, weight, bias))
+        normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
+        return with_padding(normed, channels.numel() // GROUPS)
+
+
+def with_padding(x: Tensor, width: int) -> Tensor:
+    """(..., 4 * d) -> (..., 4 * width): zeros behind the channels of each quarter."""
+    quarters = x.unflatten(-1, (GROUPS, -1))
+    return F.pad(quarters, (0, width - quarters.shape[-1])).flatten(-2)
+
+
+def without_padding(x: Tensor, real: int) -> Tensor:
+    """(..., 4 * width) -> (..., 4 * real), the first of each quarter."""
+    return x.unflatten(-1, (GROUPS, -1))[..., :real].flatten(-2)
 
 
 def gated_layer_norm(y: Tensor,
@@ -144,6 +252,7 @@ def gated_layer_norm(y: Tensor,
                      weight: Tensor,
                      bias: Tensor,
                      eps: float = 1e-5,
+                     real: Optional[int] = None,
                      backend: str = 'torch') -> Tensor:
     """LayerNorm over the channels of each group of the scan's output, times SiLU of the gate.
 
@@ -152,6 +261,7 @@ def gated_layer_norm(y: Tensor,
         gate: Before its SiLU, (batch, H, W, G * d).
         weight, bias: Of the norms, (G, d).
         eps: Added to the variance.
+        real: Of each group's d channels, how many count, as for :func:`layer_norm`.
         backend: 'torch' or 'triton'. The Triton kernels keep only the arguments for the backward.
 
     Returns:
@@ -170,11 +280,15 @@ def gated_layer_norm(y: Tensor,
            bias=(bias, grouped))
     module = _module('gated_layer_norm', backend, y.device.type)
     if module is not None:
-        return module.gated_layer_norm(y, gate, weight, bias, eps)
+        return module.gated_layer_norm(y, gate, weight, bias, eps, real)
     with without_autocast(y.device.type):
         wide = torch.promote_types(y.dtype, torch.float32)
         y, weight, bias = cast(wide, y, weight, bias)
-        normed = F.layer_norm(y, grouped[1:], eps=eps)
+        if real is None:
+            normed = F.layer_norm(y, grouped[1:], eps=eps)
+        else:
+            normed = F.layer_norm(y[..., :real], (real, ), eps=eps)
+            normed = F.pad(normed, (0, grouped[1] - real))
         normed = torch.addcmul(bias, normed, weight).flatten(-2)
         return normed.to(gate.dtype) * F.silu(gate)
 
@@ -204,3 +318,16 @@ def _check(operator: str, device: torch.device,
             raise ValueError(f'{operator}: {name} is on {tensor.device}, the map on {device}')
         if not tensor.is_floating_point():
             raise ValueError(f'{operator}: {name} must be real floating, got {tensor.dtype}')
+
+
+def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,
+                **like_x: Tensor) -> None:
+    if x.dim() != 4 or 0 in x.shape:
+        name = 'y' if 'x' in like_x else 'x'
+        raise ValueError(f'{operator}: {name} must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    channels = (x.shape[3], )
+    _check(operator, x.device, **{k: (v, x.shape) for k, v in like_x.items()},
+           weight=(weight, channels), bias=(bias, channels))
+    if not x.is_floating_point():
+        raise ValueError(f'{operator}: the map must be real floating, got {x.dtype}')

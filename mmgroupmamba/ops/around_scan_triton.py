@@ -10,8 +10,11 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .directions import DIRECTIONS
+from .operator import Operator
 from .scan_triton import why_not as why_not  # the same Triton, the same devices
 
+GROUPS = len(DIRECTIONS)
 _LANES = 256  # of a tile of the convolution, two a thread
 _PROGRAMS = 1024  # of a launch that fills a large GPU twice over
 # Columns of a lane. An input pixel is loaded (K + 2) / K times forward. Backward, z is computed
@@ -85,7 +88,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> 
         ValueError: float64 input.
     """
     _refuse_float64(x, weight, bias)
-    return _conv_forward(x.contiguous(), weight.contiguous(), bias.contiguous(), activation)
+    return _conv(x.contiguous(), weight.contiguous(), bias.contiguous(), activation)
 
 
 def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activation: str) -> None:
@@ -99,19 +102,16 @@ def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activat
             ACTIVATION=activation, ALIGN=align, **tile._asdict())
 
 
-@torch.library.custom_op('mmgroupmamba::triton_depthwise_conv', mutates_args=())
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     y = torch.empty_like(x)
     _launch_conv('conv_forward_kernel', _FORWARD, x, weight, bias, y, activation=activation)
     return y
 
 
-@_conv_forward.register_fake
-def _(x, weight, bias, activation):
+def _conv_forward_fake(x, weight, bias, activation):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op('mmgroupmamba::triton_depthwise_conv_backward', mutates_args=())
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activation: str
                    ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
@@ -122,12 +122,11 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activa
     _launch_conv('conv_backward_kernel', _BACKWARD, x, grad.contiguous(), weight, bias, dx, sums,
                  activation=activation)
     sums = sums.sum(0)
-    dweight = sums[:9].t().reshape(weight.shape)
+    dweight = sums[:9].t().reshape(weight.shape).contiguous()
     return dx, dweight.to(weight.dtype), sums[9].to(bias.dtype, copy=True)
 
 
-@_conv_backward.register_fake
-def _(grad, x, weight, bias, activation):
+def _conv_backward_fake(grad, x, weight, bias, activation):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
@@ -136,25 +135,32 @@ def _save_conv(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate_conv(ctx, grad):
-    return (*_conv_backward(grad, *ctx.saved_tensors, ctx.activation), None)
+def _differentiate_conv(ctx, backward, grad):
+    return (*backward(grad, *ctx.saved_tensors, ctx.activation), None)
 
 
-_conv_forward.register_autograd(_differentiate_conv, setup_context=_save_conv)
+_conv = Operator('triton_depthwise_conv', _conv_forward, _conv_backward, _conv_forward_fake,
+                 _conv_backward_fake, _save_conv, _differentiate_conv)
 
 
-def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _counted(channels: int, groups: int, real: Optional[int]) -> tuple[int, int]:
+    """Of every how many channels how many count."""
+    return (channels, channels) if real is None else (channels // groups, real)
+
+
+def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                     real: Optional[int]) -> Tensor:
     """See :func:`mmgroupmamba.ops.gated_layer_norm`. What is not contiguous is copied.
 
     Raises:
         ValueError: float64 input.
     """
     _refuse_float64(y, gate, weight, bias)
-    return _gate_forward(*(t.contiguous() for t in (y, gate, weight, bias)), eps)
+    return _gate(*(t.contiguous() for t in (y, gate, weight, bias)), eps, real)
 
 
-@torch.library.custom_op('mmgroupmamba::triton_gated_layer_norm', mutates_args=())
-def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                  real: Optional[int]) -> Tensor:
     kernels = import_module('.around_scan_triton_kernels', __package__)
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
@@ -162,18 +168,17 @@ def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: fl
     out = torch.empty_like(gate)
     with torch.cuda.device_of(y):
         kernels.gate_forward_kernel[(blocks * groups, )](
-            y, gate, weight, bias, out, tokens, groups, dim // tile.ALIGN, eps, **tile._asdict())
+            y, gate, weight, bias, out, tokens, groups, dim // tile.ALIGN,
+            *_counted(dim, 1, real), eps, **tile._asdict())
     return out
 
 
-@_gate_forward.register_fake
-def _(y, gate, weight, bias, eps):
+def _gate_forward_fake(y, gate, weight, bias, eps, real):
     return torch.empty_like(gate)
 
 
-@torch.library.custom_op('mmgroupmamba::triton_gated_layer_norm_backward', mutates_args=())
-def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                   real: Optional[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of y, gate, weight and bias."""
     kernels = import_module('.around_scan_triton_kernels', __package__)
     groups, dim = weight.shape
@@ -185,67 +190,66 @@ def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: 
     with torch.cuda.device_of(y):
         kernels.gate_backward_kernel[(parts * groups, )](
             grad.contiguous(), y, gate, weight, bias, dy, dgate, sums, tokens, groups,
-            dim // tile.ALIGN, together, eps, **tile._asdict())
+            dim // tile.ALIGN, together, *_counted(dim, 1, real), eps, **tile._asdict())
     dweight, dbias = sums.sum(0)
     return dy, dgate, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
 
 
-@_gate_backward.register_fake
-def _(grad, y, gate, weight, bias, eps):
+def _gate_backward_fake(grad, y, gate, weight, bias, eps, real):
     return tuple(torch.empty_like(t) for t in (y, gate, weight, bias))
 
 
 def _save_gate(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.real = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate_gate(ctx, grad):
-    return (*_gate_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+def _differentiate_gate(ctx, backward, grad):
+    return (*backward(grad, *ctx.saved_tensors, ctx.eps, ctx.real), None, None)
 
 
-_gate_forward.register_autograd(_differentiate_gate, setup_context=_save_gate)
+_gate = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_forward_fake,
+                 _gate_backward_fake, _save_gate, _differentiate_gate)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
+               real: Optional[int]) -> Tensor:
+    """See :func:`mmgroupmamba.ops.layer_norm`. What is not contiguous is copied.
+
+    Raises:
+        ValueError: float64 input.
+    """
+    _refuse_float64(x, weight, bias)
+    return _norm(*(t.contiguous() for t in (x, weight, bias)), eps, norm_dtype, real)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
-                   norm_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+                   norm_dtype: torch.dtype, real: Optional[int]) -> tuple[Tensor, Tensor]:
     """See :func:`mmgroupmamba.ops.add_layer_norm`. What is not contiguous is copied.
 
     Raises:
         ValueError: float64 input.
     """
     _refuse_float64(x, residual, weight, bias)
-    return _add_norm_forward(*(t.contiguous() for t in (x, residual, weight, bias)), eps,
-                             norm_dtype)
+    return _add_norm(*(t.contiguous() for t in (x, residual, weight, bias)), eps, norm_dtype, real)
 
 
-@torch.library.custom_op('mmgroupmamba::triton_add_layer_norm', mutates_args=())
-def _add_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
-                      norm_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x + residual in their promoted dtype, and its norm in norm_dtype."""
+def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor,
+                 total: Optional[Tensor], out: Tensor, eps: float, real: Optional[int]) -> None:
     kernels = import_module('.around_scan_triton_kernels', __package__)
     dim = x.shape[-1]
     tokens = x.numel() // dim
     tile, blocks, _ = norm_sizes(tokens, dim)
-    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    normed = torch.empty_like(x, dtype=norm_dtype)
     with torch.cuda.device_of(x):
-        kernels.add_norm_forward_kernel[(blocks, )](
-            x, residual, weight, bias, total, normed, tokens, dim // tile.ALIGN, eps,
-            **tile._asdict())
-    return total, normed
+        kernels.norm_forward_kernel[(blocks, )](
+            x, residual, weight, bias, total, out, tokens, dim // tile.ALIGN,
+            *_counted(dim, GROUPS, real), eps, **tile._asdict())
 
 
-@_add_norm_forward.register_fake
-def _(x, residual, weight, bias, eps, norm_dtype):
-    return (torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype)),
-            torch.empty_like(x, dtype=norm_dtype))
-
-
-@torch.library.custom_op('mmgroupmamba::triton_add_layer_norm_backward', mutates_args=())
-def _add_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
-                       eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum and, in float32, of weight and bias."""
+def _launch_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor,
+                          weight: Tensor, eps: float, real: Optional[int]
+                          ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what was normed and, in float32, of weight and bias."""
     kernels = import_module('.around_scan_triton_kernels', __package__)
     dim = total.shape[-1]
     tokens = total.numel() // dim
@@ -256,35 +260,172 @@ def _add_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor
     if grad_total is not None:
         grad_total = grad_total.contiguous()
     with torch.cuda.device_of(total):
-        kernels.add_norm_backward_kernel[(parts, )](
+        kernels.norm_backward_kernel[(parts, )](
             grad_total, grad.contiguous(), total, weight, dx, sums, tokens, dim // tile.ALIGN,
-            together, eps, **tile._asdict())
+            together, *_counted(dim, GROUPS, real), eps, **tile._asdict())
     dweight, dbias = sums.sum(0)
     return dx, dweight.clone(), dbias.clone()
 
 
-@_add_norm_backward.register_fake
-def _(grad_total, grad, total, weight, eps):
-    return (torch.empty_like(total), *(weight.new_empty(weight.shape, dtype=torch.float32)
-                                       for _ in range(2)))
+def _norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
+                  real: Optional[int]) -> Tensor:
+    normed = torch.empty_like(x, dtype=norm_dtype)
+    _launch_norm(x, None, weight, bias, None, normed, eps, real)
+    return normed
+
+
+def _norm_forward_fake(x, weight, bias, eps, norm_dtype, real):
+    return torch.empty_like(x, dtype=norm_dtype)
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, real: Optional[int]
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, in float32, of weight and bias."""
+    return _launch_norm_backward(None, grad, x, weight, eps, real)
+
+
+def _norm_backward_fake(grad, x, weight, eps, real):
+    return (torch.empty_like(x), *_float32_like(weight, weight))
+
+
+def _float32_like(*tensors):
+    return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in tensors)
+
+
+def _save_norm(ctx, inputs, output):
+    x, weight, bias, ctx.eps, _, ctx.real = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate_norm(ctx, backward, grad):
+    x, weight = ctx.saved_tensors
+    dx, dweight, dbias = backward(grad, x, weight, ctx.eps, ctx.real)
+    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None
+
+
+_norm = Operator('triton_layer_norm', _norm_forward, _norm_backward, _norm_forward_fake,
+                 _norm_backward_fake, _save_norm, _differentiate_norm)
+
+
+def _add_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                      norm_dtype: torch.dtype, real: Optional[int]) -> tuple[Tensor, Tensor]:
+    """x + residual in their promoted dtype, and its norm in norm_dtype."""
+    total, normed = _add_norm_forward_fake(x, residual, weight, bias, eps, norm_dtype, real)
+    _launch_norm(x, residual, weight, bias, total, normed, eps, real)
+    return total, normed
+
+
+def _add_norm_forward_fake(x, residual, weight, bias, eps, norm_dtype, real):
+    return (torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype)),
+            torch.empty_like(x, dtype=norm_dtype))
+
+
+def _add_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
+                       eps: float, real: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum and, in float32, of weight and bias."""
+    return _launch_norm_backward(grad_total, grad, total, weight, eps, real)
+
+
+def _add_norm_backward_fake(grad_total, grad, total, weight, eps, real):
+    return (torch.empty_like(total), *_float32_like(weight, weight))
 
 
 def _save_add_norm(ctx, inputs, output):
-    x, residual, weight, bias, ctx.eps, _ = inputs
+    x, residual, weight, bias, ctx.eps, _, ctx.real = inputs
     ctx.dtypes = x.dtype, residual.dtype, bias.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], weight)
 
 
-def _differentiate_add_norm(ctx, grad_total, grad):
+def _differentiate_add_norm(ctx, backward, grad_total, grad):
     total, weight = ctx.saved_tensors
     of_x, of_residual, of_bias = ctx.dtypes
     if grad is None:
         dx, dweight, dbias = grad_total, None, None
     else:
-        dx, dweight, dbias = _add_norm_backward(grad_total, grad, total, weight, ctx.eps)
+        dx, dweight, dbias = backward(grad_total, grad, total, weight, ctx.eps, ctx.real)
         dweight, dbias = dweight.to(weight.dtype), dbias.to(of_bias)
-    return dx.to(of_x), dx.to(of_residual), dweight, dbias, None, None
+    return dx.to(of_x), dx.to(of_residual), dweight, dbias, None, None, None
 
 
-_add_norm_forward.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
+_add_norm = Operator('triton_add_layer_norm', _add_norm_forward, _add_norm_backward,
+                     _add_norm_forward_fake, _add_norm_backward_fake, _save_add_norm,
+                     _differentiate_add_norm)
+
+
+def modulate_layer_norm(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float, norm_dtype: torch.dtype, real: Optional[int]) -> Tensor:
+    """See :func:`mmgroupmamba.ops.modulate_layer_norm`. What is not contiguous is copied.
+
+    Raises:
+        ValueError: float64 input.
+    """
+    _refuse_float64(y, x, factor, weight, bias)
+    tensors = (t.contiguous() for t in (y, x, factor, weight, bias))
+    return _modulate(*tensors, eps, norm_dtype, real)
+
+
+def _image_sizes(x: Tensor) -> tuple[NormTile, int, int, int]:
+    """Of an image: tile, tokens, how many tiles it has, and how many of them are summed
+    together."""
+    batch, height, width, dim = x.shape
+    tile, tiles, _ = norm_sizes(height * width, dim)
+    return tile, height * width, tiles, -(-batch * tiles // _PARTS)
+
+
+def _modulate_forward(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
+                      eps: float, norm_dtype: torch.dtype, real: Optional[int]) -> Tensor:
+    kernels = import_module('.around_scan_triton_kernels', __package__)
+    tile, tokens, tiles, _ = _image_sizes(x)
+    out = torch.empty_like(y, dtype=norm_dtype)
+    with torch.cuda.device_of(y):
+        kernels.modulate_forward_kernel[(len(x) * tiles, )](
+            y, x, factor, weight, bias, out, tokens, x.shape[-1] // tile.ALIGN, tiles,
+            *_counted(x.shape[-1], GROUPS, real), eps, **tile._asdict())
+    return out
+
+
+def _modulate_forward_fake(y, x, factor, weight, bias, eps, norm_dtype, real):
+    return torch.empty_like(y, dtype=norm_dtype)
+
+
+def _modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weight: Tensor,
+                       eps: float, real: Optional[int]
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y and x and, in float32, of factor, weight and bias."""
+    kernels = import_module('.around_scan_triton_kernels', __package__)
+    tile, tokens, tiles, together = _image_sizes(x)
+    parts = -(-tiles // together)
+    dy, dx = torch.empty_like(y), torch.empty_like(x)
+    sums = x.new_empty(len(x), parts, 3, x.shape[-1], dtype=torch.float32)
+    with torch.cuda.device_of(y):
+        kernels.modulate_backward_kernel[(len(x) * parts, )](
+            grad.contiguous(), y, x, factor, weight, dy, dx, sums, tokens,
+            x.shape[-1] // tile.ALIGN, parts, together, *_counted(x.shape[-1], GROUPS, real), eps,
+            **tile._asdict())
+    sums = sums.sum(1)  # (image, 3, channel)
+    dweight, dbias = sums[:, :2].sum(0)
+    return dy, dx, sums[:, 2].reshape(factor.shape).clone(), dweight.clone(), dbias.clone()
+
+
+def _modulate_backward_fake(grad, y, x, factor, weight, eps, real):
+    return (torch.empty_like(y), torch.empty_like(x), *_float32_like(factor, weight, weight))
+
+
+def _save_modulate(ctx, inputs, output):
+    *tensors, bias, ctx.eps, _, ctx.real = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_modulate(ctx, backward, grad):
+    y, x, factor, weight = ctx.saved_tensors
+    dy, dx, dfactor, dweight, dbias = backward(grad, y, x, factor, weight, ctx.eps, ctx.real)
+    return (dy, dx, dfactor.to(factor.dtype), dweight.to(weight.dtype), dbias.to(ctx.bias_dtype),
+            None, None, None)
+
+
+_modulate = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_backward,
+                     _modulate_forward_fake, _modulate_backward_fake, _save_modulate,
+                     _differentiate_modulate)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 # no recompilation when these become 1 or a multiple of 16
-RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks']
+RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks', 'tiles',
+           'parts', 'real']
 
 
 @triton.jit
@@ -266,20 +267,34 @@ def conv_backward_kernel(
 
 
 @triton.jit
-def _normed(x, inside, dim, eps):
-    """Rows, zero outside, to mean 0 and variance 1; and 1 / deviation, (ROWS, 1)."""
-    mean = tl.sum(x, 1)[:, None] / dim
-    centred = tl.where(inside, x - mean, 0.)
-    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / dim + eps)
+def _share(dim):
+    """1 / dim, correctly rounded: one channel is 0 once its mean is taken off."""
+    return tl.div_rn(tl.full((), 1., tl.float32), dim.to(tl.float32))
+
+
+@triton.jit
+def _counted(dim, width, real, BLOCK: tl.constexpr):
+    """Which channels count, (1, BLOCK): of every `width` the first `real`, the others are zero."""
+    column = tl.arange(0, BLOCK)[None, :]
+    return (column < dim) & (column % width < real), _share(dim // width * real)
+
+
+@triton.jit
+def _normed(x, counted, share, eps):
+    """Rows, zero where it does not count, to mean 0 and variance 1; and 1 / deviation, (ROWS, 1).
+    """
+    mean = tl.sum(x, 1)[:, None] * share
+    centred = tl.where(counted, x - mean, 0.)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] * share + eps)
     return centred * scale, scale
 
 
 @triton.jit
-def _normed_backward(grad, normed, scale, dim):
-    """The gradient of what was normed."""
-    mean = tl.sum(grad, 1)[:, None] / dim
-    along = tl.sum(grad * normed, 1)[:, None] / dim
-    return scale * (grad - mean - normed * along)
+def _normed_backward(grad, normed, scale, counted, share):
+    """The gradient of what was normed, of rows that are zero where it does not count."""
+    mean = tl.sum(grad, 1)[:, None] * share
+    along = tl.sum(grad * normed, 1)[:, None] * share
+    return tl.where(counted, scale * (grad - mean - normed * along), 0.)
 
 
 @triton.jit
@@ -302,14 +317,15 @@ def _affine(weight, bias, group, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, eps,
+def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, width, real, eps,
                         ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A program is ROWS tokens of a group; the groups of a token run side by side."""
     dim = units * ALIGN
+    counted, share = _counted(dim, width, real, BLOCK)
     group = tl.program_id(0) % groups
     at, inside = _rows(tl.program_id(0) // groups, group, tokens, groups, dim, ROWS, BLOCK)
     w, b, _, _ = _affine(weight, bias, group, dim, BLOCK)
-    normed, _ = _normed(tl.load(y + at, inside, other=0.).to(tl.float32), inside, dim, eps)
+    normed, _ = _normed(tl.load(y + at, inside, other=0.).to(tl.float32), counted, share, eps)
     g = tl.load(gate + at, inside, other=0.).to(tl.float32)
     value = (normed * w + b) * (g * _sigmoid(g))
     tl.store(out + at, value.to(out.dtype.element_ty), inside)
@@ -317,10 +333,11 @@ def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, eps,
 
 @triton.jit(do_not_specialize=RUNTIME)
 def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, groups, units,
-                         blocks, eps,
+                         blocks, width, real, eps,
                          ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """dy and dgate; the sums for weight and bias over `blocks` tiles: (program, 2, channel)."""
     dim = units * ALIGN
+    counted, share = _counted(dim, width, real, BLOCK)
     group = tl.program_id(0) % groups
     part = tl.program_id(0) // groups
     w, b, column, known = _affine(weight, bias, group, dim, BLOCK)
@@ -332,12 +349,12 @@ def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, g
         dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
         g = tl.load(gate + at, inside, other=0.).to(tl.float32)
         value = tl.load(y + at, inside, other=0.).to(tl.float32)
-        normed, scale = _normed(value, inside, dim, eps)
+        normed, scale = _normed(value, counted, share, eps)
         s = _sigmoid(g)
         through = dout * (g * s)  # of normed * w + b
         dg = dout * (normed * w + b) * (s * (1. + g * (1. - s)))
         tl.store(dgate + at, dg.to(dgate.dtype.element_ty), inside)
-        dvalue = _normed_backward(through * w, normed, scale, dim)
+        dvalue = _normed_backward(through * w, normed, scale, counted, share)
         tl.store(dy + at, dvalue.to(dy.dtype.element_ty), inside)
         dweight += through * normed
         dbias += through
@@ -348,25 +365,32 @@ def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, g
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def add_norm_forward_kernel(x, residual, weight, bias, total, out, tokens, units, eps,
-                            ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """x + residual, rounded, and its LayerNorm; a program is ROWS tokens."""
+def norm_forward_kernel(x, residual, weight, bias, total, out, tokens, units, width, real, eps,
+                        ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The LayerNorm of x or, where there is a residual, of x + residual, which is rounded and
+    stored; a program is ROWS tokens."""
     dim = units * ALIGN
+    counted, share = _counted(dim, width, real, BLOCK)
     at, inside = _rows(tl.program_id(0), 0, tokens, 1, dim, ROWS, BLOCK)
     w, b, _, _ = _affine(weight, bias, 0, dim, BLOCK)
     value = tl.load(x + at, inside, other=0.).to(tl.float32)
-    value += tl.load(residual + at, inside, other=0.).to(tl.float32)
-    value = value.to(total.dtype.element_ty)
-    tl.store(total + at, value, inside)
-    normed, _ = _normed(value.to(tl.float32), inside, dim, eps)
+    if residual is not None:
+        value += tl.load(residual + at, inside, other=0.).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, inside)
+        value = rounded.to(tl.float32)
+    normed, _ = _normed(value, counted, share, eps)
     tl.store(out + at, (normed * w + b).to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def add_norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, units, blocks, eps,
-                             ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of the sum; those of weight and bias summed as in gate_backward_kernel."""
+def norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, units, blocks,
+                         width, real, eps,
+                         ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of what was normed; those of weight and bias summed as in
+    gate_backward_kernel."""
     dim = units * ALIGN
+    counted, share = _counted(dim, width, real, BLOCK)
     part = tl.program_id(0)
     w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -376,8 +400,8 @@ def add_norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, 
         at, inside = _rows(block, 0, tokens, 1, dim, ROWS, BLOCK)
         dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
         value = tl.load(total + at, inside, other=0.).to(tl.float32)
-        normed, scale = _normed(value, inside, dim, eps)
-        dvalue = _normed_backward(dout * w, normed, scale, dim)
+        normed, scale = _normed(value, counted, share, eps)
+        dvalue = _normed_backward(dout * w, normed, scale, counted, share)
         if grad_total is not None:
             dvalue += tl.load(grad_total + at, inside, other=0.).to(tl.float32)
         tl.store(dx + at, dvalue.to(dx.dtype.element_ty), inside)
@@ -387,3 +411,66 @@ def add_norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, 
     sums += part * 2 * dim + column
     tl.store(sums, tl.sum(dweight, 0)[None, :], known)
     tl.store(sums + dim, tl.sum(dbias, 0)[None, :], known)
+
+
+@triton.jit
+def _image_rows(block, image, tokens, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """As _rows, of an image's own `tokens`."""
+    token = block * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    at = (image.to(tl.int64) * tokens + token) * dim + column
+    return at, (token < tokens) & (column < dim)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def modulate_forward_kernel(y, x, factor, weight, bias, out, tokens, units, tiles,
+                            width, real, eps,
+                            ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The LayerNorm of y * x * factor, one factor an image and channel; a program is ROWS tokens
+    of an image, which has `tiles` of them."""
+    dim = units * ALIGN
+    counted, share = _counted(dim, width, real, BLOCK)
+    image = tl.program_id(0) // tiles
+    at, inside = _image_rows(tl.program_id(0) % tiles, image, tokens, dim, ROWS, BLOCK)
+    w, b, column, known = _affine(weight, bias, 0, dim, BLOCK)
+    f = tl.load(factor + image * dim + column, known, other=0.).to(tl.float32)
+    value = tl.load(y + at, inside, other=0.).to(tl.float32)
+    value *= tl.load(x + at, inside, other=0.).to(tl.float32)
+    normed, _ = _normed(value * f, counted, share, eps)
+    tl.store(out + at, (normed * w + b).to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def modulate_backward_kernel(grad, y, x, factor, weight, dy, dx, sums, tokens, units, parts,
+                             blocks, width, real, eps,
+                             ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dy and dx; the sums for weight, bias and factor over `blocks` tiles of an image, which has
+    `parts` of them: (image, part, 3, channel)."""
+    dim = units * ALIGN
+    counted, share = _counted(dim, width, real, BLOCK)
+    image = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
+    f = tl.load(factor + image * dim + column, known, other=0.).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    dfactor = tl.zeros((ROWS, BLOCK), tl.float32)
+    block = part * blocks
+    while block < (part + 1) * blocks:
+        at, inside = _image_rows(block, image, tokens, dim, ROWS, BLOCK)
+        dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
+        left = tl.load(y + at, inside, other=0.).to(tl.float32)
+        right = tl.load(x + at, inside, other=0.).to(tl.float32)
+        product = left * right
+        normed, scale = _normed(product * f, counted, share, eps)
+        dvalue = _normed_backward(dout * w, normed, scale, counted, share)
+        tl.store(dy + at, (dvalue * (right * f)).to(dy.dtype.element_ty), inside)
+        tl.store(dx + at, (dvalue * (left * f)).to(dx.dtype.element_ty), inside)
+        dfactor += dvalue * product
+        dweight += dout * normed
+        dbias += dout
+        block += 1
+    sums += tl.program_id(0) * 3 * dim + column
+    tl.store(sums, tl.sum(dweight, 0)[None, :], known)
+    tl.store(sums + dim, tl.sum(dbias, 0)[None, :], known)
+    tl.store(sums + 2 * dim, tl.sum(dfactor, 0)[None, :], known)

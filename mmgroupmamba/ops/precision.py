@@ -16,3 +16,11 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 def cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in one dtype, each as it is where it has it."""
     return tuple(t if t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """Of a linear layer's input: autocast's, or as it is."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

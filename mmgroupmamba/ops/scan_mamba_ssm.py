@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .directions import DIRECTIONS, scan_orders
+from .operator import Operator
 from .precision import without_autocast
 
 _CHUNK = 2048  # tokens between two states that the kernel keeps for its backward
@@ -61,7 +62,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     same = u.dtype == delta.dtype == B.dtype == C.dtype
     x, delta, B, C = (_rows(t if same else t.float()) for t in (u, delta, B, C))
     A, D, delta_bias = (t if t is None else t.float().contiguous() for t in (A, D, delta_bias))
-    y, _ = _forward(x, delta, A, B, C, D, delta_bias, delta_softplus)
+    y, _ = _scan(x, delta, A, B, C, D, delta_bias, delta_softplus)
     return y.to(u.dtype)
 
 
@@ -170,7 +171,6 @@ def _kept_states(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(batch, channels, chunks, 2 * A.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op('mmgroupmamba::mamba_scan', mutates_args=())
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
              bias: Optional[Tensor], softplus: bool) -> tuple[Tensor, Tensor]:
     """y (batch, channels, L) in delta's memory layout, and the states that the backward starts
@@ -191,12 +191,10 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optio
     return y, kept
 
 
-@_forward.register_fake
-def _(u, delta, A, B, C, D, bias, softplus):
+def _forward_fake(u, delta, A, B, C, D, bias, softplus):
     return torch.empty_like(delta), _kept_states(u, A)
 
 
-@torch.library.custom_op('mmgroupmamba::mamba_scan_backward', mutates_args=())
 def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               D: Optional[Tensor], bias: Optional[Tensor], kept: Tensor, softplus: bool
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -209,8 +207,7 @@ def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: T
     return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dbias
 
 
-@_backward.register_fake
-def _(grad, u, delta, A, B, C, D, bias, kept, softplus):
+def _backward_fake(grad, u, delta, A, B, C, D, bias, kept, softplus):
     ends = (A.new_empty(0) if t is None else torch.empty_like(t) for t in (D, bias))
     return (*(torch.empty_like(t) for t in (u, delta, A, B, C)), *ends)
 
@@ -221,10 +218,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx, backward, grad, _):
     *tensors, kept = ctx.saved_tensors
-    grads = _backward(_rows(grad), *tensors, kept, ctx.softplus)
+    grads = backward(_rows(grad), *tensors, kept, ctx.softplus)
     return (*(None if t is None else g for t, g in zip(tensors, grads)), None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_scan = Operator('mamba_scan', _forward, _backward, _forward_fake, _backward_fake, _save,
+                 _differentiate)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .directional_scan import over_sequences
 from .directions import DIRECTIONS
+from .operator import Operator
 
 _TRITON = (3, 6)  # what the kernels are tested with; tuples of tensors came after 3.1
 _MAX_STATES = 4  # states in registers at once; more are scanned in slices
@@ -116,7 +117,7 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
         x_dbl = x_dbl.float()
     dt_weight, A, D, dt_bias = (t.float() for t in (dt_weight, A, D, dt_bias))
     keep = _differentiates(x, x_dbl, dt_weight, A, D, dt_bias)
-    y, _ = _map_forward(x, x_dbl, dt_weight, A, D, dt_bias, keep)
+    y, _ = _maps(x, x_dbl, dt_weight, A, D, dt_bias, keep)
     return y
 
 
@@ -131,7 +132,7 @@ def _differentiates(*tensors: Optional[Tensor]) -> bool:
 
 def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     keep = _differentiates(u, delta, A, B, C, D, delta_bias)
-    y, _ = _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)
+    y, _ = _sequences(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)
     return y
 
 
@@ -284,7 +285,6 @@ def _contiguous(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-@torch.library.custom_op('mmgroupmamba::triton_scan', mutates_args=())
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
              bias: Optional[Tensor], softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """y (batch, channels, L), and the states that the backward starts from (none unless keep)."""
@@ -297,12 +297,10 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optio
     return y, entry
 
 
-@_forward.register_fake
-def _(u, delta, A, B, C, D, bias, softplus, keep):
+def _forward_fake(u, delta, A, B, C, D, bias, softplus, keep):
     return _channels_last(u), _kept_states(_plan_sequences(u, B, softplus), u, A, keep)
 
 
-@torch.library.custom_op('mmgroupmamba::triton_scan_backward', mutates_args=())
 def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               D: Optional[Tensor], bias: Optional[Tensor], entry: Tensor, softplus: bool
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -320,8 +318,7 @@ def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: T
     return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dbias
 
 
-@_backward.register_fake
-def _(grad, u, delta, A, B, C, D, bias, entry, softplus):
+def _backward_fake(grad, u, delta, A, B, C, D, bias, entry, softplus):
     def like(t):  # (batch, G, N, L) with memory (batch, L, G, N)
         return t.new_empty(t.shape[0], t.shape[3], *t.shape[1:3]).permute(0, 2, 3, 1)
 
@@ -335,19 +332,19 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx, backward, grad, _):
     *tensors, entry = ctx.saved_tensors
-    grads = list(_backward(grad, *tensors, entry, ctx.softplus))
+    grads = list(backward(grad, *tensors, entry, ctx.softplus))
     for i in (5, 6):
         if tensors[i] is None:
             grads[i] = None
     return (*grads, None, None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_sequences = Operator('triton_scan', _forward, _backward, _forward_fake, _backward_fake, _save,
+                      _differentiate)
 
 
-@torch.library.custom_op('mmgroupmamba::triton_directional_scan', mutates_args=())
 def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor, bias: Tensor,
                  keep: bool) -> tuple[Tensor, Tensor]:
     """y (batch, H, W, 4, d), and the states that the backward starts from (none unless keep)."""
@@ -360,13 +357,11 @@ def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tens
     return y, entry
 
 
-@_map_forward.register_fake
-def _(x, x_dbl, dt_weight, A, D, bias, keep):
+def _map_forward_fake(x, x_dbl, dt_weight, A, D, bias, keep):
     return (x.new_empty(x.shape, dtype=torch.float32),
             _kept_states(_plan_maps(x, dt_weight, A), x, A, keep))
 
 
-@torch.library.custom_op('mmgroupmamba::triton_directional_scan_backward', mutates_args=())
 def _map_backward(grad: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
                   bias: Tensor, entry: Tensor
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -382,8 +377,7 @@ def _map_backward(grad: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: 
     return dx, dx_dbl, dweight.view(dt_weight.shape), dA, dD, dbias
 
 
-@_map_backward.register_fake
-def _(grad, x, x_dbl, dt_weight, A, D, bias, entry):
+def _map_backward_fake(grad, x, x_dbl, dt_weight, A, D, bias, entry):
     return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, A, D, bias))
 
 
@@ -393,8 +387,9 @@ def _save_map(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate_map(ctx, grad, _):
-    return (*_map_backward(grad, *ctx.saved_tensors), None)
+def _differentiate_map(ctx, backward, grad, _):
+    return (*backward(grad, *ctx.saved_tensors), None)
 
 
-_map_forward.register_autograd(_differentiate_map, setup_context=_save_map)
+_maps = Operator('triton_directional_scan', _map_forward, _map_backward, _map_forward_fake,
+                 _map_backward_fake, _save_map, _differentiate_map)

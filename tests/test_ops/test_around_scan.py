@@ -16,6 +16,9 @@ from mmgroupmamba.ops import (
     around_scan_triton,
     depthwise_conv,
     gated_layer_norm,
+    layer_norm,
+    modulate_layer_norm,
+    with_padding,
 )
 from mmgroupmamba.ops.scan_triton import why_not
 
@@ -44,11 +47,27 @@ def norm_inputs(batch=2, height=5, width=3, channels=20):
                 bias=randn(channels, seed=3))
 
 
+def plain_norm_inputs(*shape):
+    inputs = norm_inputs(*shape)
+    del inputs['residual']
+    return inputs
+
+
+def modulate_inputs(batch=2, height=5, width=3, channels=20):
+    shape = batch, height, width, channels
+    return dict(y=randn(*shape), x=randn(*shape, seed=1),
+                factor=randn(batch, 1, 1, channels, seed=4), weight=randn(channels, seed=2),
+                bias=randn(channels, seed=3))
+
+
 CASES = [
     ('depthwise_conv', conv_inputs, dict(activation='gelu')),
     ('gated_layer_norm', gate_inputs, {}),
     ('add_layer_norm', norm_inputs, {}),
+    ('layer_norm', plain_norm_inputs, {}),
+    ('modulate_layer_norm', modulate_inputs, {}),
 ]
+MAPS = ('x', 'y', 'gate', 'residual')
 
 
 def run(operator, inputs, backend, **options):
@@ -112,13 +131,29 @@ def test_add_layer_norm_is_the_layers():
     assert torch.equal(normed, norm(total))
 
 
+def test_layer_norm_is_the_layer():
+    inputs = plain_norm_inputs()
+    norm = nn.LayerNorm(20, eps=1e-6).to(DEVICE, torch.float64)
+    norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    assert torch.equal(layer_norm(**inputs, eps=1e-6), norm(inputs['x']))
+
+
+def test_modulate_layer_norm_is_the_layers():
+    inputs = modulate_inputs()
+    norm = nn.LayerNorm(20).to(DEVICE, torch.float64)
+    norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
+    want = norm(inputs['y'] * inputs['x'] * inputs['factor'])
+    assert torch.equal(modulate_layer_norm(**inputs), want)
+
+
 @pytest.mark.parametrize('operator, inputs, options', CASES)
 def test_precision_is_the_arguments(operator, inputs, options):
     with torch.autocast(DEVICE, torch.bfloat16):
         check(operator, inputs(), torch.float32, 'torch', **options)
     mixed = {k: torch.bfloat16 if k in ('x', 'gate') else torch.float32 for k in inputs()}
     outputs = check(operator, inputs(), mixed, 'torch', tolerance=2 ** -7, **options)
-    assert outputs[-1].dtype == (torch.float32 if 'residual' in mixed else torch.bfloat16)
+    wide = operator in ('add_layer_norm', 'modulate_layer_norm')  # the other map's dtype
+    assert outputs[-1].dtype == (torch.float32 if wide else torch.bfloat16)
 
 
 @pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
@@ -191,6 +226,59 @@ def test_add_layer_norm(shape):
 
 
 @runs
+@pytest.mark.parametrize('shape', [
+    (1, 1, 1, 20), (3, 1, 7, 20), (1, 7, 1, 348), (2, 5, 3, 20), (2, 1, 2, 1100),
+])
+def test_norms_without_a_sum(shape):
+    check('layer_norm', plain_norm_inputs(*shape), torch.float32, eps=1e-6)
+    check('modulate_layer_norm', modulate_inputs(*shape), torch.float32, eps=1e-6)
+
+
+def padded(inputs, width):
+    """Each quarter of the channels (each group of a gated norm) with zeros behind."""
+    grouped = 'gate' in inputs
+
+    def pad(name, value):
+        if grouped and name != 'gate':
+            return F.pad(value, (0, width - value.shape[-1]))
+        return with_padding(value, width)
+
+    return {k: pad(k, v) for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
+@pytest.mark.parametrize('operator, inputs, options', CASES[1:])
+def test_padding_does_not_count(operator, inputs, options, backend):
+    """Outputs and gradients are those of the map without it, and zero in it."""
+    dtype = torch.float64 if backend == 'torch' else torch.float32
+    inputs = {k: v.to(dtype) for k, v in inputs().items()}
+    want, want_grads = run(operator, {k: v.double() for k, v in inputs.items()}, 'torch',
+                           **options)
+    wide = {k: v.requires_grad_() for k, v in padded(inputs, 8).items()}
+    outputs = getattr(ops, operator)(**wide, **options, real=5, backend=backend)
+    outputs = (outputs, ) if isinstance(outputs, torch.Tensor) else outputs
+    cotangents = [torch.cos(torch.arange(y.numel(), device=DEVICE)).view_as(y).to(dtype)
+                  for y in want]
+    grads = torch.autograd.grad(outputs, list(wide.values()),
+                                [with_padding(c, 8) for c in cotangents])
+    for got, expected in zip(outputs, want):
+        assert relative(got, with_padding(expected, 8)) < 1e-6
+    for (name, grad), got in zip(padded(want_grads, 8).items(), grads):
+        assert relative(got, grad) < 2e-6, name
+
+
+@runs
+def test_norms_in_the_dtype_of_the_next_layer():
+    for operator, inputs in (('layer_norm', plain_norm_inputs),
+                             ('modulate_layer_norm', modulate_inputs)):
+        inputs = {k: v.float() for k, v in inputs().items()}
+        got = getattr(ops, operator)(**inputs, norm_dtype=torch.bfloat16, backend='triton')
+        want = getattr(ops, operator)(**inputs, norm_dtype=torch.bfloat16)
+        assert got.dtype == want.dtype == torch.bfloat16
+        torch.testing.assert_close(got, want, atol=0, rtol=2**-7)
+
+
+@runs
 @pytest.mark.parametrize('used', [0, 1])
 def test_add_layer_norm_of_which_one_output_is_used(used):
     inputs = {k: v.float().requires_grad_() for k, v in norm_inputs().items()}
@@ -208,6 +296,12 @@ def test_norms_sum_over_many_tiles(monkeypatch):
     assert around_scan_triton.norm_sizes(2 * 30 * 11, 20)[1:] == (21, 11)
     check('add_layer_norm', norm_inputs(2, 30, 11), torch.float32)
     check('gated_layer_norm', gate_inputs(2, 30, 11), torch.float32)
+    check('layer_norm', plain_norm_inputs(2, 30, 11), torch.float32)
+    assert around_scan_triton._image_sizes(torch.empty(2, 30, 11, 20))[2:] == (11, 11)
+    check('modulate_layer_norm', modulate_inputs(2, 30, 11), torch.float32, tolerance=2e-6)
+    monkeypatch.setattr(around_scan_triton, '_PARTS', 6)
+    assert around_scan_triton._image_sizes(torch.empty(2, 30, 11, 20))[2:] == (11, 4)
+    check('modulate_layer_norm', modulate_inputs(2, 30, 11), torch.float32, tolerance=2e-6)
 
 
 @runs
@@ -228,7 +322,7 @@ def test_half_precision_is_float32_inside(operator, inputs, options, dtype):
     tolerance = torch.finfo(dtype).eps / (1 if operator == 'add_layer_norm' else 2)
     outputs = check(operator, inputs(1), dtype, tolerance=tolerance, **options)
     assert all(y.dtype == dtype for y in outputs)
-    mixed = {k: dtype if k in ('x', 'gate', 'residual') else torch.float32 for k in inputs()}
+    mixed = {k: dtype if k in MAPS[:1] + MAPS[2:] else torch.float32 for k in inputs()}
     check(operator, inputs(1), mixed, tolerance=tolerance, **options)
 
 
@@ -278,25 +372,40 @@ def check_operator(operator, *args, autograd):
 @runs
 def test_norms_operators_are_what_torch_library_is_told():
     inputs = [v.float().requires_grad_() for v in gate_inputs(1, 2).values()]
-    check_operator(around_scan_triton._gate_forward, *inputs, 1e-5, autograd=True)
+    check_operator(around_scan_triton._gate.op, *inputs, 1e-5, None, autograd=True)
     y, gate, weight, bias = (v.detach() for v in inputs)
-    check_operator(around_scan_triton._gate_backward, gate, y, gate, weight, bias, 1e-5,
+    check_operator(around_scan_triton._gate.backward_op, gate, y, gate, weight, bias, 1e-5, None,
                    autograd=False)
     inputs = [v.float().requires_grad_() for v in norm_inputs(1, 2).values()]
-    check_operator(around_scan_triton._add_norm_forward, *inputs, 1e-5, torch.bfloat16,
-                   autograd=True)
+    check_operator(around_scan_triton._add_norm.op, *inputs, 1e-5, torch.bfloat16,
+                   None, autograd=True)
     x, total, weight, _ = (v.detach() for v in inputs)
+    plain = inputs[0], *inputs[2:]
+    check_operator(around_scan_triton._norm.op, *plain, 1e-5, torch.bfloat16, None,
+                   autograd=True)
+    check_operator(around_scan_triton._norm.backward_op, x, total, weight, 1e-5, None,
+                   autograd=False)
     for grad_total in (None, x):
-        check_operator(around_scan_triton._add_norm_backward, grad_total, x, total, weight, 1e-5,
-                       autograd=False)
+        check_operator(around_scan_triton._add_norm.backward_op, grad_total, x, total, weight, 1e-5,
+                       None, autograd=False)
+
+
+@runs
+def test_modulation_operators_are_what_torch_library_is_told():
+    inputs = [v.float().requires_grad_() for v in modulate_inputs(2, 2).values()]
+    check_operator(around_scan_triton._modulate.op, *inputs, 1e-5, torch.bfloat16, None,
+                   autograd=True)
+    y, x, factor, weight, _ = (v.detach() for v in inputs)
+    check_operator(around_scan_triton._modulate.backward_op, y, y, x, factor, weight, 1e-5, None,
+                   autograd=False)
 
 
 @runs
 def test_conv_operators_are_what_torch_library_is_told():
     x, weight, bias = (v.float().requires_grad_() for v in conv_inputs(1, 2).values())
-    check_operator(around_scan_triton._conv_forward, x, weight, bias, 'gelu', autograd=True)
+    check_operator(around_scan_triton._conv.op, x, weight, bias, 'gelu', autograd=True)
     x, weight, bias = (v.detach() for v in (x, weight, bias))
-    check_operator(around_scan_triton._conv_backward, x, x, weight, bias, 'gelu', autograd=False)
+    check_operator(around_scan_triton._conv.backward_op, x, x, weight, bias, 'gelu', autograd=False)
 
 
 @runs
@@ -323,6 +432,9 @@ def test_backend_by_name_never_falls_back(monkeypatch, operator, inputs, options
     (*CASES[1], 'weight', (20, )), (*CASES[1], 'bias', (4, 1)),
     (*CASES[2], 'x', (2, 15, 20)), (*CASES[2], 'residual', (5, 3, 20)),
     (*CASES[2], 'weight', (1, )), (*CASES[2], 'bias', (20, 1)),
+    (*CASES[3], 'x', (2, 15, 20)), (*CASES[3], 'weight', (1, )), (*CASES[3], 'bias', (20, 1)),
+    (*CASES[4], 'y', (2, 15, 20)), (*CASES[4], 'x', (2, 5, 1, 20)),
+    (*CASES[4], 'factor', (2, 20)), (*CASES[4], 'weight', (1, )), (*CASES[4], 'bias', (20, 1)),
 ])
 def test_wrong_shape_is_named(operator, inputs, options, name, shape):
     with pytest.raises(ValueError, match=f'{operator}: {name} must be'):
@@ -355,6 +467,8 @@ def launches_of(monkeypatch, operator, inputs, dtypes, **options):
     if isinstance(dtypes, torch.dtype):
         dtypes = dict.fromkeys(inputs, dtypes)
     inputs = {k: torch.empty(v.shape, dtype=dtypes[k]).requires_grad_() for k, v in inputs.items()}
+    if operator != 'depthwise_conv':
+        options['real'] = None
     outputs = getattr(around_scan_triton, operator)(**inputs, **options)
     outputs = (outputs, ) if isinstance(outputs, torch.Tensor) else outputs
     torch.autograd.grad(outputs, list(inputs.values()), [torch.empty_like(y) for y in outputs])
@@ -387,11 +501,15 @@ def test_few_variants_of_the_norms(monkeypatch):
     for c in CHANNELS:
         for shape in ((1, 1, 1), (1, 7, 7), (2, 25, 42)):
             for operator, inputs in (('gated_layer_norm', gate_inputs(*shape, 4, c // 4)),
-                                     ('add_layer_norm', norm_inputs(*shape, c))):
-                options = dict(norm_dtype=torch.float32) if operator == 'add_layer_norm' else {}
+                                     ('add_layer_norm', norm_inputs(*shape, c)),
+                                     ('layer_norm', plain_norm_inputs(*shape, c)),
+                                     ('modulate_layer_norm', modulate_inputs(*shape, c))):
+                grouped = operator == 'gated_layer_norm'
+                options = {} if grouped else dict(norm_dtype=torch.float32)
                 launches += launches_of(monkeypatch, operator, inputs, torch.float32, eps=1e-5,
                                         **options)
-    assert len(variants(launches)) == 2 * 6 + 2 * 5  # two kernels of each operator
+    # two kernels: of the groups' norm, of the norm with and without a sum, of the modulation
+    assert len(variants(launches)) == 2 * 6 + 2 * 5 + 2 * 5
 
 
 @compiles
@@ -405,9 +523,16 @@ def test_few_variants_of_the_norms(monkeypatch):
      dict(eps=1e-5, norm_dtype=torch.float32), torch.bfloat16),
     ('add_layer_norm', norm_inputs(1, 1, 1, 512),
      dict(eps=1e-5, norm_dtype=torch.float32), torch.float32),
+    ('layer_norm', plain_norm_inputs(1, 1, 1, 64),
+     dict(eps=1e-5, norm_dtype=torch.bfloat16), torch.float32),
+    ('modulate_layer_norm', modulate_inputs(1, 1, 1, 348),
+     dict(eps=1e-5, norm_dtype=torch.bfloat16), torch.bfloat16),
+    ('modulate_layer_norm', modulate_inputs(1, 1, 1, 512),
+     dict(eps=1e-5, norm_dtype=torch.float32), torch.float32),
 ])
 def test_compiles_without_spills(monkeypatch, operator, inputs, options, dtype, arch):
-    dtypes = {k: dtype if k in ('x', 'gate', 'residual') else torch.float32 for k in inputs}
+    dtypes = {k: dtype if k in ('x', 'gate', 'residual') or k == 'y' and 'factor' in inputs
+              else torch.float32 for k in inputs}
     for kernel, arguments in launches_of(monkeypatch, operator, inputs, dtypes, **options):
         registers, spilled = compile_launch(kernel, arguments, arch)
         print(f'sm_{arch} {dtype} {kernel.__name__}: {registers} registers')

@@ -165,10 +165,10 @@ def test_the_operators_are_what_torch_library_is_told(mamba_kernel, absent, layo
     for name in ('A', 'D', 'delta_bias'):
         inputs[name] = inputs[name] if inputs[name] is None else inputs[name].contiguous()
     args = tuple(t if t is None else t.detach().requires_grad_() for t in inputs.values())
-    torch.library.opcheck(scan_mamba_ssm._forward, (*args, True))
+    torch.library.opcheck(scan_mamba_ssm._scan.op, (*args, True))
     y, kept = scan_mamba_ssm._forward(*args, True)
     args = [t if t is None else t.detach() for t in (torch.ones_like(y), *args, kept)]
-    torch.library.opcheck(scan_mamba_ssm._backward, (*args, True),
+    torch.library.opcheck(scan_mamba_ssm._scan.backward_op, (*args, True),
                           test_utils=('test_schema', 'test_faketensor'))
 
 

@@ -127,6 +127,11 @@ class Row:
         if mode.compiled:
             self.run = torch.compile(self.module, mode=args.compile, dynamic=False)
 
+    def fold_for(self, amp: Optional[str]) -> None:
+        """Cast what autocast would in every pass; float32 is no way to run it afterwards."""
+        if self.mode.folded and amp:
+            fuse(self.module, DTYPES[amp])
+
     def prepare(self, x: Tensor) -> Tensor:
         """An input in the layout that this one expects."""
         if self.mode.channels_last:
@@ -148,6 +153,7 @@ class Row:
 
     def step(self, which: str, x: Tensor) -> measure.Step:
         """The function of a pass; inputs rotate past the GPU's cache."""
+        self.fold_for(self.args.amp)
         x = self.prepare(self.cast(x, self.args.amp)).detach()
         inputs = [x.clone() for _ in range(measure.copies_past_cache(x))]
         if which == 'forward':
@@ -284,6 +290,7 @@ class Truth:
                 self._compare(f'gradient of {name}', (want, ), (got, ), row,
                               STEM_TOLERANCE if before_relu else tolerances[1])
         if amp := row.args.amp:
+            row.fold_for(amp)
             output = self.evaluate(row, self.x, amp)
             error = self._compare(f'{amp} output', self.output, output, row, AMP_TOLERANCE)
         return error
@@ -361,11 +368,16 @@ class Benchmark:
             modes.append(Mode(with_cp=True))
         if args.fuse and isinstance(contestant, Ours) and subject not in OF_A_MAP:
             modes.append(Mode(folded=True))
-        if args.fused_ops and isinstance(contestant, Ours) and subject != 'scan':
+        best = Mode()
+        if isinstance(contestant, Ours):
+            best = Mode(folded=args.fuse and subject not in OF_A_MAP,
+                        fused_ops=bool(args.fused_ops) and subject != 'scan')
+        if best.fused_ops:
             modes.append(Mode(fused_ops=True))
+        modes.append(best)
         if args.cuda_graph:
-            modes.append(Mode(graph=True))
-        return modes
+            modes += [Mode(graph=True), best._replace(graph=True)]
+        return list(dict.fromkeys(modes))
 
     def run(self) -> None:
         for subject in self.args.subjects:
@@ -601,7 +613,8 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--compile', nargs='?', const='default', metavar='MODE',
         choices=['default', 'reduce-overhead', 'max-autotune'],
         help='one more row of each: torch.compile (and with --channels-last, of both)')
-    add('--cuda-graph', action='store_true', help='one more row of each: forward as a CUDA graph')
+    add('--cuda-graph', action='store_true',
+        help='one more row of each, two of ours with --fuse or --fused-ops: forward as a CUDA graph')
     add('--amp', choices=DTYPES, help='autocast for all')
     add('--cudnn-benchmark', action='store_true', help='let cuDNN try its algorithms, for all')
     add('--device', choices=['cpu', 'cuda'],
