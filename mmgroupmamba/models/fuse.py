@@ -18,7 +18,7 @@ from mmgroupmamba.ops import block_diagonal, with_padding, without_padding
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
-from .layers import Block, DepthwiseConv, GroupedSSM
+from .layers import Block, DepthwiseConv, GroupedLinear, GroupedSSM
 
 
 @torch.no_grad()
@@ -172,14 +172,21 @@ def _pad_block(block: Block, real: int, width: int) -> None:
 
 
 def _join_groups(backbone: GroupMamba) -> None:
+    """Each grouped linear map as one; where kernels read parts of a map, two of them as one."""
     for ssm in [m for m in backbone.modules() if isinstance(m, GroupedSSM)]:
-        for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj'):
-            if isinstance(getattr(ssm, name), nn.Linear):
-                continue
-            weight = block_diagonal(getattr(ssm, name).weight)
-            linear = nn.Linear(*reversed(weight.shape), bias=False, device='meta')
-            linear.weight = nn.Parameter(weight)
-            setattr(ssm, name, linear.eval())
+        names = [name for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj')
+                 if isinstance(getattr(ssm, name), GroupedLinear)]
+        for name in names:
+            setattr(ssm, name, _linear(block_diagonal(getattr(ssm, name).weight)))
+        if names and ssm.conv.backend == ssm.norm.backend == 'triton':
+            ssm.joint_proj = _linear(torch.cat([ssm.in_proj.weight, ssm.gate_proj.weight]))
+            ssm.in_proj = ssm.gate_proj = None
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(*reversed(weight.shape), bias=False, device='meta')
+    linear.weight = nn.Parameter(weight)
+    return linear.eval()
 
 
 def _cast_maps(backbone: GroupMamba, dtype: torch.dtype) -> None:

@@ -144,6 +144,7 @@ class GroupedSSM(nn.Module):
 
         self.in_proj = GroupedLinear(self.dim, self.dim)
         self.gate_proj = GroupedLinear(self.dim, self.dim)
+        self.joint_proj: Optional[nn.Linear] = None  # in place of these two; see models/fuse.py
         self.conv = DepthwiseConv(channels, 'silu', fused_ops)
         self.x_proj = GroupedLinear(self.dim, self.dt_rank + 2 * d_state)
         self.dt_proj = GroupedLinear(self.dt_rank, self.dim)  # applied by the scan
@@ -171,8 +172,11 @@ class GroupedSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        y = self.scan(self.conv(self.in_proj(x)))
-        return self.out_proj(self.norm(y, self.gate_proj(x)))
+        if self.joint_proj is None:
+            x, gate = self.in_proj(x), self.gate_proj(x)
+        else:
+            x, gate = self.joint_proj(x).chunk(2, -1)
+        return self.out_proj(self.norm(self.scan(self.conv(x)), gate))
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32.

@@ -71,6 +71,10 @@ def norm_sizes(tokens: int, dim: int) -> tuple[NormTile, int, int]:
     return tile, blocks, -(-blocks // _PARTS)
 
 
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _refuse_float64(*tensors: Tensor) -> None:
     if any(t.dtype == torch.float64 for t in tensors):
         raise ValueError("the Triton kernels have no float64: use backend='torch'")
@@ -81,14 +85,29 @@ def _align(channels: int, most: int) -> int:
     return min(channels & -channels, most)
 
 
+def _pitch(x: Tensor) -> int:
+    """From a pixel (batch, H, W, C) to the next."""
+    return x.stride(2) if x.shape[2] > 1 else x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _pitched(x: Tensor) -> Tensor:
+    """A map (batch, H, W, C) whose pixels are evenly apart, as far as the kernels can count."""
+    _, height, width, channels = x.shape
+    pitch = _pitch(x)
+    even = (width * height * pitch, width * pitch, pitch, 1)
+    same = all(n == 1 or stride == want for n, stride, want in zip(x.shape, x.stride(), even))
+    return x if same and pitch >= channels and pitch % _align(channels, 8) == 0 else x.contiguous()
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    """See :func:`mmgroupmamba.ops.depthwise_conv`. A map that is not contiguous is copied.
+    """See :func:`mmgroupmamba.ops.depthwise_conv`. A map is read where it lies if it is contiguous
+    or some channels of a map that is; else it is copied.
 
     Raises:
         ValueError: float64 input.
     """
     _refuse_float64(x, weight, bias)
-    return _conv(x.contiguous(), weight.contiguous(), bias.contiguous(), activation)
+    return _conv(_pitched(x), weight.contiguous(), bias.contiguous(), activation)
 
 
 def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activation: str) -> None:
@@ -98,25 +117,25 @@ def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activat
     kernels = import_module('.around_scan_triton_kernels', __package__)
     with torch.cuda.device_of(x):
         getattr(kernels, kernel)[(programs * -(-channels // tile.CHANNELS), )](
-            x, *tensors, batch, height, width, rows, channels // align,
+            x, *tensors, batch, height, width, rows, channels // align, _pitch(x) // align,
             ACTIVATION=activation, ALIGN=align, **tile._asdict())
 
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    y = torch.empty_like(x)
+    y = _contiguous_like(x)
     _launch_conv('conv_forward_kernel', _FORWARD, x, weight, bias, y, activation=activation)
     return y
 
 
 def _conv_forward_fake(x, weight, bias, activation):
-    return torch.empty_like(x)
+    return _contiguous_like(x)
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activation: str
                    ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     channels = x.shape[-1]
-    dx = torch.empty_like(x)
+    dx = _contiguous_like(x)
     programs = conv_sizes(*x.shape, _BACKWARD)[2]
     sums = x.new_empty(programs, 10, channels, dtype=torch.float32)
     _launch_conv('conv_backward_kernel', _BACKWARD, x, grad.contiguous(), weight, bias, dx, sums,
@@ -127,7 +146,7 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activa
 
 
 def _conv_backward_fake(grad, x, weight, bias, activation):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    return _contiguous_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _save_conv(ctx, inputs, output):
@@ -150,13 +169,15 @@ def _counted(channels: int, groups: int, real: Optional[int]) -> tuple[int, int]
 
 def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
                      real: Optional[int]) -> Tensor:
-    """See :func:`mmgroupmamba.ops.gated_layer_norm`. What is not contiguous is copied.
+    """See :func:`mmgroupmamba.ops.gated_layer_norm`. The gate may be some channels of a map; what
+    else is not contiguous is copied.
 
     Raises:
         ValueError: float64 input.
     """
     _refuse_float64(y, gate, weight, bias)
-    return _gate(*(t.contiguous() for t in (y, gate, weight, bias)), eps, real)
+    y, weight, bias = (t.contiguous() for t in (y, weight, bias))
+    return _gate(y, _pitched(gate), weight, bias, eps, real)
 
 
 def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -165,16 +186,16 @@ def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: fl
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, _ = norm_sizes(tokens, dim)
-    out = torch.empty_like(gate)
+    out = _contiguous_like(gate)
     with torch.cuda.device_of(y):
         kernels.gate_forward_kernel[(blocks * groups, )](
             y, gate, weight, bias, out, tokens, groups, dim // tile.ALIGN,
-            *_counted(dim, 1, real), eps, **tile._asdict())
+            _pitch(gate) // tile.ALIGN, *_counted(dim, 1, real), eps, **tile._asdict())
     return out
 
 
 def _gate_forward_fake(y, gate, weight, bias, eps, real):
-    return torch.empty_like(gate)
+    return _contiguous_like(gate)
 
 
 def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -185,18 +206,19 @@ def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: 
     tokens = y.numel() // weight.numel()
     tile, blocks, together = norm_sizes(tokens, dim)
     parts = -(-blocks // together)
-    dy, dgate = torch.empty_like(y), torch.empty_like(gate)
+    dy, dgate = torch.empty_like(y), _contiguous_like(gate)
     sums = y.new_empty(parts, 2, groups, dim, dtype=torch.float32)
     with torch.cuda.device_of(y):
         kernels.gate_backward_kernel[(parts * groups, )](
             grad.contiguous(), y, gate, weight, bias, dy, dgate, sums, tokens, groups,
-            dim // tile.ALIGN, together, *_counted(dim, 1, real), eps, **tile._asdict())
+            dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together, *_counted(dim, 1, real), eps,
+            **tile._asdict())
     dweight, dbias = sums.sum(0)
     return dy, dgate, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
 
 
 def _gate_backward_fake(grad, y, gate, weight, bias, eps, real):
-    return tuple(torch.empty_like(t) for t in (y, gate, weight, bias))
+    return tuple(_contiguous_like(t) for t in (y, gate, weight, bias))
 
 
 def _save_gate(ctx, inputs, output):

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmgroupmamba.models import GroupMamba, fuse
+from mmgroupmamba.models.fuse import _join_groups, pad_channels
+from mmgroupmamba.models.layers import GroupedSSM
 from mmgroupmamba.registry import HOOKS
 
 MICRO = dict(
@@ -81,6 +83,62 @@ def test_segmentor():
         got = fuse(model)(image, mode='tensor')
     assert relative(got, want) < 1e-5
     assert not any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+ODD = dict(
+    stem_hidden_dim=8, embed_dims=(16, 20, 36, 24), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2))
+
+
+@pytest.mark.parametrize('arch, most', [(ODD, 2.), (ODD, 1.5), ('tiny', 1.05)])
+def test_padding(arch, most):
+    model = stirred(GroupMamba(arch))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        want = model(image)
+        pad_channels(model, most=most)
+        got = model(image)
+    assert [g.shape for g in got] == [w.shape for w in want]
+    assert max(relative(g, w) for g, w in zip(got, want)) < 1e-5
+    widths = [stage.blocks[0].mixer.ssm.dim for stage in model.stages]
+    if arch == 'tiny':
+        assert widths == [16, 32, 88, 112]  # 87 is no multiple of 8
+    else:  # of 4, 5, 9 and 6
+        assert widths == ([8, 8, 16, 8] if most == 2 else [4, 5, 9, 8])
+    for stage in model.stages:
+        for module in stage.blocks.modules():
+            if isinstance(module, nn.Linear):
+                assert module.weight.shape == (module.out_features, module.in_features)
+
+
+def test_groups_joined():
+    model = stirred(GroupMamba(MICRO))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        want = model(image)
+        _join_groups(model)
+        got = model(image)
+        assert max(relative(g, w) for g, w in zip(got, want)) < 1e-5
+        for module in model.modules():
+            if isinstance(module, GroupedSSM):
+                assert isinstance(module.in_proj, nn.Linear)
+                joint = torch.cat([module.in_proj.weight, module.gate_proj.weight])
+                module.joint_proj = nn.Linear(*reversed(joint.shape), bias=False)
+                module.joint_proj.weight.copy_(joint)
+                module.in_proj = module.gate_proj = None
+        again = model(image)
+    assert max(relative(g, w) for g, w in zip(again, want)) < 1e-5
+
+
+def test_cast_for_autocast_changes_nothing():
+    image = torch.randn(1, 3, 64, 96)
+    model = stirred(GroupMamba(MICRO))
+    models = [fuse(copy.deepcopy(model), dtype) for dtype in (None, torch.bfloat16)]
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        want, got = (model(image) for model in models)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    casts = {p.dtype for p in models[1].parameters()}
+    assert casts == {torch.bfloat16, torch.float32}
+    assert models[1].stages[0].blocks[0].mixer.ssm.A_log.dtype == torch.float32
 
 
 def test_refused():

@@ -349,6 +349,24 @@ def test_any_memory_layout(operator, inputs, options):
 
 
 @runs
+@pytest.mark.parametrize('operator, inputs, options, name', [
+    (*CASES[0], 'x'), (*CASES[1], 'gate'),
+])
+@pytest.mark.parametrize('shape', [(2, 5, 3), (1, 1, 3), (2, 1, 1), (1, 1, 1)])
+def test_some_channels_of_a_map(monkeypatch, operator, inputs, options, name, shape):
+    """They are read where they lie."""
+    inputs = {k: v.float() for k, v in inputs(*shape).items()}
+    want, want_grads = run(operator, inputs, 'triton', **options)
+    for first in (0, 20):
+        both = torch.full((*shape, 40), torch.nan, device=DEVICE)
+        part = both[..., first:first + 20].copy_(inputs[name])
+        assert around_scan_triton._pitched(part) is part
+        got, grads = run(operator, dict(inputs, **{name: part}), 'triton', **options)
+        for one, other in zip((*got, *grads.values()), (*want, *want_grads.values())):
+            assert torch.equal(one, other)
+
+
+@runs
 @pytest.mark.parametrize('operator, inputs, options', CASES)
 def test_no_graph_break(operator, inputs, options):
     inputs = [v.float().requires_grad_() for v in inputs(1, 2).values()]

@@ -614,7 +614,8 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
         choices=['default', 'reduce-overhead', 'max-autotune'],
         help='one more row of each: torch.compile (and with --channels-last, of both)')
     add('--cuda-graph', action='store_true',
-        help='one more row of each, two of ours with --fuse or --fused-ops: forward as a CUDA graph')
+        help='one more row of each, two of ours with --fuse or --fused-ops: forward as a CUDA '
+        'graph')
     add('--amp', choices=DTYPES, help='autocast for all')
     add('--cudnn-benchmark', action='store_true', help='let cuDNN try its algorithms, for all')
     add('--device', choices=['cpu', 'cuda'],
