@@ -98,11 +98,14 @@ def _strips(batch, height, width, rows, channels, COLUMNS: tl.constexpr, STRIPS:
 
 
 @triton.jit
-def _load_row(x, inside, row_inside, apart, COUNT: tl.constexpr):
-    """COUNT neighbours in a row, the first of them at `x`, zero outside the map."""
+def _load_row(x, lane, inside, row_inside, apart, COUNT: tl.constexpr):
+    """COUNT neighbours in a row, the first of them at x + lane, zero outside the map.
+
+    What is the same for all lanes stays in `x`: uniform registers.
+    """
     values = ()
     for j in tl.static_range(COUNT):
-        values += (tl.load(x + j * apart, inside[j] & row_inside, other=0.), )
+        values += (tl.load(x + j * apart + lane, inside[j] & row_inside, other=0.), )
     return values
 
 
@@ -132,7 +135,7 @@ def conv_forward_kernel(
     lane = pixel * channels + c
     stop = tl.minimum(first + rows, height)
     line = width.to(tl.int64) * channels
-    x += pixel * apart + c
+    source = pixel * apart + c
     taps = ()
     for k in tl.static_range(9):
         taps += (tl.load(weight + c * 9 + k, c < channels, other=0.).to(tl.float32), )
@@ -150,12 +153,13 @@ def conv_forward_kernel(
     source_line = width.to(tl.int64) * apart
     x -= source_line + apart
     y -= 2 * line
-    ahead = _load_row(x, inside, first > 0, apart, COLUMNS + 2)
+    ahead = _load_row(x, source, inside, first > 0, apart, COLUMNS + 2)
     row = first - 1
     while row <= first + rows:
         xs = ahead
         x += source_line
-        ahead = _load_row(x, inside, (row < stop) & (row + 1 < height), apart, COLUMNS + 2)
+        ahead = _load_row(x, source, inside, (row < stop) & (row + 1 < height), apart,
+                          COLUMNS + 2)
         next_above = ()
         next_here = ()
         for k in tl.static_range(COLUMNS):
@@ -197,8 +201,7 @@ def conv_backward_kernel(
     stop = tl.minimum(first + rows, height)
     line = width.to(tl.int64) * channels
     source_line = width.to(tl.int64) * apart
-    x += pixel * apart + c
-    grad += lane
+    source = pixel * apart + c
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     taps = ()
     partial = ()
@@ -221,15 +224,15 @@ def conv_backward_kernel(
     x -= 2 * source_line + 2 * apart
     grad -= line + channels
     dx -= 2 * line
-    above = _widen(_load_row(x, inside, first > 1, apart, COLUMNS + 4), COLUMNS + 4)
+    above = _widen(_load_row(x, source, inside, first > 1, apart, COLUMNS + 4), COLUMNS + 4)
     x += source_line
-    here = _widen(_load_row(x, inside, first > 0, apart, COLUMNS + 4), COLUMNS + 4)
+    here = _widen(_load_row(x, source, inside, first > 0, apart, COLUMNS + 4), COLUMNS + 4)
     row = first - 1  # of dz; x is loaded a row ahead, dx is done a row behind
     while row <= first + rows:
         x += source_line
-        below = _widen(_load_row(x, inside, (row <= stop) & (row + 1 < height), apart,
+        below = _widen(_load_row(x, source, inside, (row <= stop) & (row + 1 < height), apart,
                                  COLUMNS + 4), COLUMNS + 4)
-        dy = _load_row(grad, around, (row >= 0) & (row <= stop) & (row < height), channels,
+        dy = _load_row(grad, lane, around, (row >= 0) & (row <= stop) & (row < height), channels,
                        COLUMNS + 2)
         grad += line
         dz = ()

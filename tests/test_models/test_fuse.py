@@ -13,6 +13,7 @@ from mmgroupmamba.models.fuse import _join_groups, pad_channels
 from mmgroupmamba.models.layers import GroupedSSM
 from mmgroupmamba.registry import HOOKS
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 MICRO = dict(
     stem_hidden_dim=8, embed_dims=(16, 16, 32, 32), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2))
 
@@ -156,9 +157,9 @@ def test_twice_is_once():
 
 @pytest.mark.parametrize('wrap', [lambda model: model, nn.DataParallel])
 def test_hook_leaves_the_model_alone(wrap):
-    runner = SimpleNamespace(model=wrap(stirred(GroupMamba(MICRO))))
+    runner = SimpleNamespace(model=wrap(stirred(GroupMamba(MICRO)).to(DEVICE)))
     model, before = runner.model, copy.deepcopy(runner.model.state_dict())
-    image = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64, device=DEVICE)
     hook = HOOKS.build(dict(type='mmgroupmamba.FuseHook'))
     hook.before_test_epoch(runner)
     assert runner.model is not model and isinstance(runner.model, GroupMamba)
