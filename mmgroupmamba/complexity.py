@@ -91,7 +91,8 @@ def _(u, delta, A, B, C, D, delta_bias):
 
 
 def _scan_in_its_place(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                       dt_bias: Tensor, backend: str = 'auto') -> Tensor:
+                       dt_bias: Tensor, backend: str = 'auto',
+                       out_dtype: Optional[torch.dtype] = None) -> Tensor:
     return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias,
                           lambda *args: _counted_scan(*args[:-1]))
 

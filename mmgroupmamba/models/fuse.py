@@ -14,7 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mmgroupmamba.ops import block_diagonal, with_padding, without_padding
+from mmgroupmamba.ops import block_diagonal, linear_dtype, with_padding, without_padding
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
@@ -27,6 +27,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
 
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
     - the two heads of a distilled classifier, whose average is the prediction, into one;
+    - on CUDA, the stem's convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, the linear maps of the four groups into one with a block-diagonal matrix;
     - on CUDA, stages whose rows are no multiple of 16 bytes in half precision get zero channels
       (:func:`pad_channels`).
@@ -59,6 +60,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
         if next(backbone.parameters()).is_cuda:
             pad_channels(backbone)
             _join_groups(backbone)
+            _join_activations(backbone.stages[0].embed.convs)
         if autocast_dtype is not None:
             _cast_maps(backbone, autocast_dtype)
     return model.requires_grad_(False)
@@ -181,6 +183,40 @@ def _join_groups(backbone: GroupMamba) -> None:
         if names and ssm.conv.backend == ssm.norm.backend == 'triton':
             ssm.joint_proj = _linear(torch.cat([ssm.in_proj.weight, ssm.gate_proj.weight]))
             ssm.in_proj = ssm.gate_proj = None
+
+
+class _ConvReLU(nn.Module):
+    """Convolution, bias and ReLU in one of cuDNN's."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, dtype = self.conv, linear_dtype(x)
+        return torch.cudnn_convolution_relu(
+            x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), conv.stride, conv.padding,
+            conv.dilation, conv.groups)
+
+
+def _join_activations(convs: nn.Sequential) -> None:
+    """Each folded convolution of a stem with its ReLU, where this cuDNN gives the same."""
+    modules = [m for m in convs if not isinstance(m, nn.Identity)]
+    for conv, relu in zip(modules[::2], modules[1::2]):
+        if not isinstance(conv, nn.Conv2d) or not isinstance(relu, nn.ReLU):
+            return
+        joint = _ConvReLU(conv)
+        values = torch.arange(conv.in_channels * 32**2, device=conv.weight.device)
+        probe = torch.sin(values.float()).view(1, conv.in_channels, 32, 32)
+        try:
+            for dtype in (torch.float32, torch.bfloat16):
+                x = probe.to(memory_format=torch.channels_last)
+                with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+                    torch.testing.assert_close(joint(x), F.relu(conv(x)), atol=0.05, rtol=0.05)
+        except (RuntimeError, AssertionError):
+            return
+        convs[list(convs).index(conv)] = joint
+        convs[list(convs).index(relu)] = nn.Identity()
 
 
 def _linear(weight: Tensor) -> nn.Linear:

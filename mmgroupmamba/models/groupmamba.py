@@ -2,8 +2,9 @@
 
 Shaker et al., "GroupMamba: Efficient Group-Based Visual State Space Model", CVPR 2025.
 """
-from collections.abc import Sequence
-from typing import Optional, Union
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -80,20 +81,31 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
 class Stage(nn.Module):
     """Patch embedding, blocks and the norm through which the map leaves the stage."""
 
-    def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module) -> None:
+    def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module,
+                 fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
         self.embed = embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self.fused_sums = 'add_layer_norm' in fused_ops
 
     def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
+        call = partial(checkpoint, use_reentrant=False)
+        if not with_cp or not torch.is_grad_enabled():
+            call = _call
         x = self.embed(x)
+        if self.fused_sums:
+            branch = None
+            for block in self.blocks:
+                x, branch = call(block.fused, x, branch)
+            return self.norm(x + branch)
         for block in self.blocks:
-            if with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = call(block, x)
         return self.norm(x)
+
+
+def _call(function: Callable, *args: Any) -> Any:
+    return function(*args)
 
 
 @MODELS.register_module()
@@ -174,7 +186,7 @@ class GroupMamba(BaseModule):
             norm = (
                 LayerNorm(dims[i], 1e-6, fused_ops=fused_ops)
                 if i < 3 or final_norm else nn.Identity())
-            self.stages.append(Stage(embed, blocks, norm))
+            self.stages.append(Stage(embed, blocks, norm, fused_ops))
         self.apply(init_weights)
         self._freeze()
 

@@ -85,6 +85,16 @@ class LayerNorm(nn.LayerNorm):
         dtype = linear_dtype(x) if fused and self.before_linear else None
         return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.real, self.backend)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual and its norm, in one kernel."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps,
+                              linear_dtype(residual), self.real, 'triton')
+
+    def of_product(self, y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+        """The norm of y * x * factor, in one kernel; the factor is (B, 1, 1, C)."""
+        return modulate_layer_norm(y, x, factor, self.weight, self.bias, self.eps,
+                                   linear_dtype(y), self.real, 'triton')
+
 
 class GroupedLinear(nn.Module):
     """One linear map for each of the four groups of channels, without bias, as a single operation.
@@ -179,8 +189,8 @@ class GroupedSSM(nn.Module):
         return self.out_proj(self.norm(self.scan(self.conv(x)), gate))
 
     def scan(self, x: Tensor) -> Tensor:
-        """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32.
-        """
+        """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32
+        or, where the norms are one kernel with the gate, in the map's dtype."""
         grouped = *x.shape[:3], GROUPS, -1
         return directional_scan(
             x.view(grouped),
@@ -189,7 +199,8 @@ class GroupedSSM(nn.Module):
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             self.D,
             self.dt_bias,
-            backend=self.scan_backend)
+            backend=self.scan_backend,
+            out_dtype=x.dtype if self.norm.backend == 'triton' else None)
 
 
 class ChannelAffinity(nn.Module):
@@ -225,16 +236,15 @@ class ModulatedGroupMamba(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        x = norm(x)
+        return self.modulate(self.norm(x))
+
+    def modulate(self, x: Tensor) -> Tensor:
+        """The layer but for the norm at its door."""
         y = self.ssm(x)
         factor = self.skip_scale * self.affinity(x)
         if self.fused_modulation:
-            y = modulate_layer_norm(y, x, factor, norm.weight, norm.bias, norm.eps,
-                                    linear_dtype(y), norm.real, backend='triton')
-        else:
-            y = norm(y * x * factor)
-        return self.proj(y)
+            return self.proj(self.norm.of_product(y, x, factor))
+        return self.proj(self.norm(y * x * factor))
 
 
 class WideningLinear(nn.Linear):
@@ -284,20 +294,29 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = ModulatedGroupMamba(channels, scan_backend, fused_ops)
         self.norm = LayerNorm(channels, 1e-6, before_linear=True, fused_ops=fused_ops)
-        self.fused_norm = 'add_layer_norm' in fused_ops
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.drop_path(self.mixer(x))
-        if self.fused_norm:
-            norm = self.norm
-            x, normed = add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps,
-                                       linear_dtype(x), norm.real, backend='triton')
+        x = x + self.drop_path(self.mixer(x))
+        return x + self.drop_path(self.ffn(self.norm(x)))
+
+    def fused(self, x: Tensor, branch: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        """As forward, each sum in one kernel with the norm that follows it.
+
+        Args:
+            x: The stream.
+            branch: What the block before this one left to be added to it, if there is one.
+
+        Returns:
+            The stream, and what is left to be added.
+        """
+        if branch is None:
+            normed = self.mixer.norm(x)
         else:
-            x = x + branch
-            normed = self.norm(x)
-        return x + self.drop_path(self.ffn(normed))
+            x, normed = self.mixer.norm.of_sum(branch, x)
+        x, normed = self.norm.of_sum(self.drop_path(self.mixer.modulate(normed)), x)
+        return x, self.drop_path(self.ffn(normed))
 
 
 class Stem(nn.Module):

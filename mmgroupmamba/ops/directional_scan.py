@@ -25,7 +25,8 @@ def directional_scan(x: Tensor,
                      A: Tensor,
                      D: Tensor,
                      dt_bias: Tensor,
-                     backend: str = 'auto') -> Tensor:
+                     backend: str = 'auto',
+                     out_dtype: Optional[torch.dtype] = None) -> Tensor:
     r"""Selective scan of a map, group g along ``DIRECTIONS[g]``, its step low-rank.
 
     With :math:`(r_t, B_t, C_t)` the R + 2N values of ``x_dbl`` at token t of a group and
@@ -42,22 +43,24 @@ def directional_scan(x: Tensor,
         D: Skip, (4 * d,).
         dt_bias: (4 * d,).
         backend: As in :func:`~.selective_scan`.
+        out_dtype: Of the result, rounded once; None means float32, or float64 for float64 input.
 
     Returns:
-        y (batch, H, W, 4, d), float32, or float64 for float64 input.
+        y (batch, H, W, 4, d).
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
         BackendUnavailableError: The backend asked for by name cannot run on this device.
     """
     _check(x, x_dbl, dt_weight, A, D, dt_bias)
+    out_dtype = out_dtype or torch.promote_types(x.dtype, torch.float32)
     if x.shape[1:3] == (1, 1) and not torch.is_grad_enabled():
-        return one_token(x, x_dbl, dt_weight, D, dt_bias)
+        return one_token(x, x_dbl, dt_weight, D, dt_bias).to(out_dtype)
     module = backend_module(resolve_backend(backend, x.device.type))
     own = getattr(module, 'directional_scan', None)
     if own is not None:
-        return own(x, x_dbl, dt_weight, A, D, dt_bias)
-    return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, module.scan)
+        return own(x, x_dbl, dt_weight, A, D, dt_bias, out_dtype)
+    return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, module.scan).to(out_dtype)
 
 
 def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,

@@ -67,7 +67,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
 
 
 def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                     dt_bias: Tensor) -> Tensor:
+                     dt_bias: Tensor, out_dtype: torch.dtype) -> Tensor:
     """See :func:`mmgroupmamba.ops.directional_scan`: the sequences are written as the kernel reads
     them, each once, and so is the map.
 
@@ -94,7 +94,7 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
             D,
             dt_bias,
             True)
-        y = y.unflatten(1, (len(DIRECTIONS), -1))
+        y = y.to(out_dtype).unflatten(1, (len(DIRECTIONS), -1))
         y = _Reorder.apply(y, order, inverse, _BATCH_FIRST, True)
     return y.unflatten(1, (height, width))
 

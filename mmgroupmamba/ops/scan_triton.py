@@ -102,7 +102,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
 
 
 def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                     dt_bias: Tensor) -> Tensor:
+                     dt_bias: Tensor, out_dtype: torch.dtype) -> Tensor:
     """See :func:`mmgroupmamba.ops.directional_scan`. Map and step are read and written where they
     lie, and the step is never stored; a layout in which H and W are not one dimension is copied.
     With more than 4 states, or a rank above 8, the map is laid out for :func:`scan` instead.
@@ -112,12 +112,12 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
     """
     _refuse_float64(x)
     if A.shape[1] > _MAX_STATES or dt_weight.shape[2] > _MAX_RANK:
-        return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, scan)
+        return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, scan).to(out_dtype)
     if x_dbl.dtype == torch.float64:
         x_dbl = x_dbl.float()
     dt_weight, A, D, dt_bias = (t.float() for t in (dt_weight, A, D, dt_bias))
     keep = _differentiates(x, x_dbl, dt_weight, A, D, dt_bias)
-    y, _ = _maps(x, x_dbl, dt_weight, A, D, dt_bias, keep)
+    y, _ = _maps(x, x_dbl, dt_weight, A, D, dt_bias, keep, out_dtype)
     return y
 
 
@@ -346,19 +346,19 @@ _sequences = Operator('triton_scan', _forward, _backward, _forward_fake, _backwa
 
 
 def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor, bias: Tensor,
-                 keep: bool) -> tuple[Tensor, Tensor]:
+                 keep: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """y (batch, H, W, 4, d), and the states that the backward starts from (none unless keep)."""
     plan = _plan_maps(x, dt_weight, A)
     dt_weight, A, D, bias = _contiguous(dt_weight, A, D, bias)
-    y = x.new_empty(x.shape, dtype=torch.float32)
+    y = x.new_empty(x.shape, dtype=out_dtype)
     entry = _kept_states(plan, x, A, keep)
     _launch_forward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A, D, bias, y,
                     entry if keep else None)
     return y, entry
 
 
-def _map_forward_fake(x, x_dbl, dt_weight, A, D, bias, keep):
-    return (x.new_empty(x.shape, dtype=torch.float32),
+def _map_forward_fake(x, x_dbl, dt_weight, A, D, bias, keep, out_dtype):
+    return (x.new_empty(x.shape, dtype=out_dtype),
             _kept_states(_plan_maps(x, dt_weight, A), x, A, keep))
 
 
@@ -382,13 +382,13 @@ def _map_backward_fake(grad, x, x_dbl, dt_weight, A, D, bias, entry):
 
 
 def _save_map(ctx, inputs, output):
-    *tensors, _ = inputs
+    *tensors, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _differentiate_map(ctx, backward, grad, _):
-    return (*backward(grad, *ctx.saved_tensors), None)
+    return (*backward(grad, *ctx.saved_tensors), None, None)
 
 
 _maps = Operator('triton_directional_scan', _map_forward, _map_backward, _map_forward_fake,

@@ -262,7 +262,7 @@ def test_fused_ops_are_the_operators_that_are_named():
     assert {m.backend for m in blocks.modules() if hasattr(m, 'backend')} == {'torch'}
     block = Block(16, 2., fused_ops=('depthwise_conv', 'gated_layer_norm'))
     assert block.ffn.conv.backend == block.mixer.ssm.conv.backend == 'triton'
-    assert block.mixer.ssm.norm.backend == 'triton' and not block.fused_norm
+    assert block.mixer.ssm.norm.backend == 'triton' and block.norm.backend == 'torch'
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1, 8), (2, 3, 5, 8), (1, 8, 1, 8)])

@@ -32,8 +32,8 @@ def relative(got, want):
 def test_scans_of_a_float32_backbone_against_float64(arch, monkeypatch):
     errors = []
 
-    def compared(*args, backend):
-        y = directional_scan(*args, backend=backend)
+    def compared(*args, backend, out_dtype):
+        y = directional_scan(*args, backend=backend, out_dtype=out_dtype)
         exact = directional_scan(*(t.double() for t in args), backend='reference')
         assert y.dtype == torch.float32
         errors.append(relative(y, exact))

@@ -10,6 +10,8 @@ from test_scan_triton import Recorder, compile_launch, compiles, passed_in_the_i
 from test_selective_scan import DEVICE, relative
 
 from mmgroupmamba import ops
+from mmgroupmamba.models import GroupMamba, fuse
+from mmgroupmamba.models.fuse import _join_groups, pad_channels
 from mmgroupmamba.ops import (
     BackendUnavailableError,
     add_layer_norm,
@@ -364,6 +366,40 @@ def test_some_channels_of_a_map(monkeypatch, operator, inputs, options, name, sh
         got, grads = run(operator, dict(inputs, **{name: part}), 'triton', **options)
         for one, other in zip((*got, *grads.values()), (*want, *want_grads.values())):
             assert torch.equal(one, other)
+
+
+@runs
+@pytest.mark.parametrize('fused_ops', [ops.FUSED_OPS, ['layer_norm'], ['add_layer_norm']])
+def test_model_of_fused_ops_is_the_model(fused_ops):
+    """Outputs and gradients, of recomputed blocks; outputs also folded, padded and joined."""
+    arch = dict(stem_hidden_dim=4, embed_dims=(16, 20, 20, 20), depths=(2, 1, 1, 1),
+                mlp_ratios=(1, 1, 1, 1))
+    torch.manual_seed(0)
+    options = dict(arch=arch, out_indices=(0, 1), norm_eval=True)
+    plain = GroupMamba(**options).to(DEVICE).train()
+    fused = GroupMamba(**options, fused_ops=fused_ops, with_cp=True).to(DEVICE).train()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    fused.load_state_dict(plain.state_dict())
+    image = randn(1, 3, 32, 40).float()
+    outputs, grads = [], []
+    for model in (plain, fused):
+        outputs.append(model(image))
+        sum(y.square().sum() for y in outputs[-1]).backward()
+        grads.append({k: p.grad for k, p in model.named_parameters()})
+    assert max(relative(*pair) for pair in zip(*reversed(outputs))) < 1e-5
+    for name, want in grads[0].items():
+        if 'skip_scale' not in name:  # noise: the norm behind it takes the scale away
+            assert relative(grads[1][name], want) < 1e-4, name
+    if len(fused_ops) == 1:
+        return
+    fuse(fused)
+    pad_channels(fused, most=2)
+    _join_groups(fused)
+    assert fused.stages[0].blocks[0].mixer.ssm.joint_proj is not None
+    with torch.no_grad():
+        assert max(relative(*pair) for pair in zip(fused(image), outputs[0])) < 1e-5
 
 
 @runs

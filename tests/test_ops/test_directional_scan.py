@@ -80,6 +80,21 @@ def test_half_precision_is_float32_inside(backend, dtype):
 
 
 @pytest.mark.parametrize('backend', ['reference', *FAST])
+@pytest.mark.parametrize('height, width', [(3, 5), (1, 1)])
+def test_the_dtype_asked_for(backend, height, width):
+    inputs = make_inputs(height=height, width=width)
+    half, wide = (run(directional_scan, inputs, backend=backend, out_dtype=dtype)
+                  for dtype in (torch.bfloat16, None))
+    assert half[0].dtype == torch.bfloat16 and wide[0].dtype == torch.float32
+    assert torch.equal(half[0], wide[0].bfloat16())
+    with torch.no_grad():
+        y = directional_scan(**inputs, backend=backend, out_dtype=torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and relative(y, wide[0]) < 2**-8
+    for got, want in zip(half[1], wide[1]):
+        assert relative(got, want) < 1e-2
+
+
+@pytest.mark.parametrize('backend', ['reference', *FAST])
 @pytest.mark.parametrize('bias', [-60., 0., 200.])
 def test_extreme_steps_stay_finite(backend, bias):
     inputs = make_inputs()

@@ -268,11 +268,11 @@ def test_no_graph_break_with_a_map():
 @runs
 def test_the_operators_of_maps_are_what_torch_library_is_told():
     args = tuple(make_maps(1, 2, 3, 3).values())
-    torch.library.opcheck(scan_triton._maps.op, (*args, True),
+    torch.library.opcheck(scan_triton._maps.op, (*args, True, torch.float32),
                           test_utils=('test_schema', 'test_autograd_registration',
                                       'test_faketensor'))
     args = [t.detach() for t in args]
-    y, entry = scan_triton._map_forward(*args, True)
+    y, entry = scan_triton._map_forward(*args, True, torch.float32)
     torch.library.opcheck(scan_triton._maps.backward_op, (y, *args, entry),
                           test_utils=('test_schema', 'test_faketensor'))
 
@@ -397,7 +397,7 @@ def launch_map(height, width, dim, dtype):
                 for values in (dim, rank + 2))
     weights = [torch.empty(shape) for shape in (
         (4, dim, rank), (4 * dim, 1), (4 * dim, ), (4 * dim, ))]
-    y, entry = scan_triton._map_forward(x, x_dbl, *weights, True)
+    y, entry = scan_triton._map_forward(x, x_dbl, *weights, True, torch.float32)
     scan_triton._map_backward(y, x, x_dbl, *weights, entry)
 
 
@@ -433,7 +433,7 @@ def test_maps_of_any_size_share_few_compiled_kernels(monkeypatch, launches, dim)
 def test_nothing_is_kept_without_gradients(launches):
     inputs = {k: v.cpu() for k, v in make_maps(1).items()}
     with torch.no_grad():
-        scan_triton.directional_scan(**inputs)
-    scan_triton.directional_scan(**inputs)
+        scan_triton.directional_scan(**inputs, out_dtype=torch.float32)
+    scan_triton.directional_scan(**inputs, out_dtype=torch.float32)
     without, kept = (a['entry'] for kernel, a in launches if kernel.__name__ == 'forward_kernel')
     assert without is None and kept is not None
