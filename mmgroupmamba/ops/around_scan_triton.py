@@ -4,7 +4,9 @@ The kernels are in ``around_scan_triton_kernels``; Triton is imported when the f
 operators are known to torch.library, so torch.compile sees no graph break. Gradients are bitwise
 reproducible. Nothing is kept for the backward but what went in, and the sum that came out.
 """
+from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, Optional
 
 import torch
@@ -38,6 +40,7 @@ class ConvTile(NamedTuple):
     CHANNELS: int
 
 
+@lru_cache(maxsize=1024)
 def conv_sizes(batch: int, height: int, width: int, channels: int, columns: int
                ) -> tuple[ConvTile, int, int]:
     """Tile, the rows that a lane walks, and the programs of a channel tile."""
@@ -110,11 +113,16 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> 
     return _conv(_pitched(x), weight.contiguous(), bias.contiguous(), activation)
 
 
+@lru_cache(maxsize=None)
+def _kernels() -> ModuleType:
+    return import_module('.around_scan_triton_kernels', __package__)
+
+
 def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activation: str) -> None:
     batch, height, width, channels = x.shape
     tile, rows, programs = conv_sizes(*x.shape, columns)
     align = _align(channels, 2)  # what a thread loads at once
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+    kernels = _kernels()
     with torch.cuda.device_of(x):
         getattr(kernels, kernel)[(programs * -(-channels // tile.CHANNELS), )](
             x, *tensors, batch, height, width, rows, channels // align, _pitch(x) // align,
@@ -132,21 +140,18 @@ def _conv_forward_fake(x, weight, bias, activation):
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activation: str
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    channels = x.shape[-1]
+                   ) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, (10, C) in float32, of the weight's nine taps and the bias."""
     dx = _contiguous_like(x)
     programs = conv_sizes(*x.shape, _BACKWARD)[2]
-    sums = x.new_empty(programs, 10, channels, dtype=torch.float32)
+    sums = x.new_empty(programs, 10, x.shape[-1], dtype=torch.float32)
     _launch_conv('conv_backward_kernel', _BACKWARD, x, grad.contiguous(), weight, bias, dx, sums,
                  activation=activation)
-    sums = sums.sum(0)
-    dweight = sums[:9].t().reshape(weight.shape).contiguous()
-    return dx, dweight.to(weight.dtype), sums[9].to(bias.dtype, copy=True)
+    return dx, sums.sum(0)
 
 
 def _conv_backward_fake(grad, x, weight, bias, activation):
-    return _contiguous_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    return _contiguous_like(x), x.new_empty(10, x.shape[-1], dtype=torch.float32)
 
 
 def _save_conv(ctx, inputs, output):
@@ -155,7 +160,10 @@ def _save_conv(ctx, inputs, output):
 
 
 def _differentiate_conv(ctx, backward, grad):
-    return (*backward(grad, *ctx.saved_tensors, ctx.activation), None)
+    x, weight, bias = ctx.saved_tensors
+    dx, sums = backward(grad, x, weight, bias, ctx.activation)
+    dweight = sums[:9].t().reshape(weight.shape)
+    return dx, dweight.to(weight.dtype), sums[9].to(bias.dtype), None
 
 
 _conv = Operator('triton_depthwise_conv', _conv_forward, _conv_backward, _conv_forward_fake,
@@ -182,7 +190,7 @@ def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps:
 
 def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
                   real: Optional[int]) -> Tensor:
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+    kernels = _kernels()
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, _ = norm_sizes(tokens, dim)
@@ -199,9 +207,9 @@ def _gate_forward_fake(y, gate, weight, bias, eps, real):
 
 
 def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
-                   real: Optional[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y, gate, weight and bias."""
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+                   real: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y and gate and, (2, G, d) in float32, of weight and bias."""
+    kernels = _kernels()
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, together = norm_sizes(tokens, dim)
@@ -213,12 +221,12 @@ def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: 
             grad.contiguous(), y, gate, weight, bias, dy, dgate, sums, tokens, groups,
             dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together, *_counted(dim, 1, real), eps,
             **tile._asdict())
-    dweight, dbias = sums.sum(0)
-    return dy, dgate, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
+    return dy, dgate, sums.sum(0)
 
 
 def _gate_backward_fake(grad, y, gate, weight, bias, eps, real):
-    return tuple(_contiguous_like(t) for t in (y, gate, weight, bias))
+    return (torch.empty_like(y), _contiguous_like(gate),
+            y.new_empty(2, *weight.shape, dtype=torch.float32))
 
 
 def _save_gate(ctx, inputs, output):
@@ -227,7 +235,9 @@ def _save_gate(ctx, inputs, output):
 
 
 def _differentiate_gate(ctx, backward, grad):
-    return (*backward(grad, *ctx.saved_tensors, ctx.eps, ctx.real), None, None)
+    y, gate, weight, bias = ctx.saved_tensors
+    dy, dgate, sums = backward(grad, y, gate, weight, bias, ctx.eps, ctx.real)
+    return dy, dgate, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None
 
 
 _gate = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_forward_fake,
@@ -258,7 +268,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor,
                  total: Optional[Tensor], out: Tensor, eps: float, real: Optional[int]) -> None:
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+    kernels = _kernels()
     dim = x.shape[-1]
     tokens = x.numel() // dim
     tile, blocks, _ = norm_sizes(tokens, dim)
@@ -270,9 +280,9 @@ def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Te
 
 def _launch_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor,
                           weight: Tensor, eps: float, real: Optional[int]
-                          ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what was normed and, in float32, of weight and bias."""
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+                          ) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed and, (2, C) in float32, of weight and bias."""
+    kernels = _kernels()
     dim = total.shape[-1]
     tokens = total.numel() // dim
     tile, blocks, together = norm_sizes(tokens, dim)
@@ -285,8 +295,7 @@ def _launch_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Ten
         kernels.norm_backward_kernel[(parts, )](
             grad_total, grad.contiguous(), total, weight, dx, sums, tokens, dim // tile.ALIGN,
             together, *_counted(dim, GROUPS, real), eps, **tile._asdict())
-    dweight, dbias = sums.sum(0)
-    return dx, dweight.clone(), dbias.clone()
+    return dx, sums.sum(0)
 
 
 def _norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
@@ -301,17 +310,13 @@ def _norm_forward_fake(x, weight, bias, eps, norm_dtype, real):
 
 
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, real: Optional[int]
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, in float32, of weight and bias."""
+                   ) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, (2, C) in float32, of weight and bias."""
     return _launch_norm_backward(None, grad, x, weight, eps, real)
 
 
 def _norm_backward_fake(grad, x, weight, eps, real):
-    return (torch.empty_like(x), *_float32_like(weight, weight))
-
-
-def _float32_like(*tensors):
-    return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in tensors)
+    return torch.empty_like(x), x.new_empty(2, x.shape[-1], dtype=torch.float32)
 
 
 def _save_norm(ctx, inputs, output):
@@ -322,8 +327,8 @@ def _save_norm(ctx, inputs, output):
 
 def _differentiate_norm(ctx, backward, grad):
     x, weight = ctx.saved_tensors
-    dx, dweight, dbias = backward(grad, x, weight, ctx.eps, ctx.real)
-    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None
+    dx, sums = backward(grad, x, weight, ctx.eps, ctx.real)
+    return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None
 
 
 _norm = Operator('triton_layer_norm', _norm_forward, _norm_backward, _norm_forward_fake,
@@ -344,13 +349,13 @@ def _add_norm_forward_fake(x, residual, weight, bias, eps, norm_dtype, real):
 
 
 def _add_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
-                       eps: float, real: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum and, in float32, of weight and bias."""
+                       eps: float, real: Optional[int]) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum and, (2, C) in float32, of weight and bias."""
     return _launch_norm_backward(grad_total, grad, total, weight, eps, real)
 
 
 def _add_norm_backward_fake(grad_total, grad, total, weight, eps, real):
-    return (torch.empty_like(total), *_float32_like(weight, weight))
+    return torch.empty_like(total), total.new_empty(2, total.shape[-1], dtype=torch.float32)
 
 
 def _save_add_norm(ctx, inputs, output):
@@ -366,8 +371,8 @@ def _differentiate_add_norm(ctx, backward, grad_total, grad):
     if grad is None:
         dx, dweight, dbias = grad_total, None, None
     else:
-        dx, dweight, dbias = backward(grad_total, grad, total, weight, ctx.eps, ctx.real)
-        dweight, dbias = dweight.to(weight.dtype), dbias.to(of_bias)
+        dx, sums = backward(grad_total, grad, total, weight, ctx.eps, ctx.real)
+        dweight, dbias = sums[0].to(weight.dtype), sums[1].to(of_bias)
     return dx.to(of_x), dx.to(of_residual), dweight, dbias, None, None, None
 
 
@@ -398,7 +403,7 @@ def _image_sizes(x: Tensor) -> tuple[NormTile, int, int, int]:
 
 def _modulate_forward(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
                       eps: float, norm_dtype: torch.dtype, real: Optional[int]) -> Tensor:
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+    kernels = _kernels()
     tile, tokens, tiles, _ = _image_sizes(x)
     out = torch.empty_like(y, dtype=norm_dtype)
     with torch.cuda.device_of(y):
@@ -414,9 +419,10 @@ def _modulate_forward_fake(y, x, factor, weight, bias, eps, norm_dtype, real):
 
 def _modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weight: Tensor,
                        eps: float, real: Optional[int]
-                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y and x and, in float32, of factor, weight and bias."""
-    kernels = import_module('.around_scan_triton_kernels', __package__)
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y and x and, (batch, 3, C) in float32, each image's of weight, bias and
+    factor."""
+    kernels = _kernels()
     tile, tokens, tiles, together = _image_sizes(x)
     parts = -(-tiles // together)
     dy, dx = torch.empty_like(y), torch.empty_like(x)
@@ -426,13 +432,12 @@ def _modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weigh
             grad.contiguous(), y, x, factor, weight, dy, dx, sums, tokens,
             x.shape[-1] // tile.ALIGN, parts, together, *_counted(x.shape[-1], GROUPS, real), eps,
             **tile._asdict())
-    sums = sums.sum(1)  # (image, 3, channel)
-    dweight, dbias = sums[:, :2].sum(0)
-    return dy, dx, sums[:, 2].reshape(factor.shape).clone(), dweight.clone(), dbias.clone()
+    return dy, dx, sums.sum(1)
 
 
 def _modulate_backward_fake(grad, y, x, factor, weight, eps, real):
-    return (torch.empty_like(y), torch.empty_like(x), *_float32_like(factor, weight, weight))
+    return (torch.empty_like(y), torch.empty_like(x),
+            x.new_empty(len(x), 3, x.shape[-1], dtype=torch.float32))
 
 
 def _save_modulate(ctx, inputs, output):
@@ -443,9 +448,10 @@ def _save_modulate(ctx, inputs, output):
 
 def _differentiate_modulate(ctx, backward, grad):
     y, x, factor, weight = ctx.saved_tensors
-    dy, dx, dfactor, dweight, dbias = backward(grad, y, x, factor, weight, ctx.eps, ctx.real)
-    return (dy, dx, dfactor.to(factor.dtype), dweight.to(weight.dtype), dbias.to(ctx.bias_dtype),
-            None, None, None)
+    dy, dx, sums = backward(grad, y, x, factor, weight, ctx.eps, ctx.real)
+    dweight, dbias = sums[:, :2].sum(0)
+    return (dy, dx, sums[:, 2].view(factor.shape).to(factor.dtype), dweight.to(weight.dtype),
+            dbias.to(ctx.bias_dtype), None, None, None)
 
 
 _modulate = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_backward,

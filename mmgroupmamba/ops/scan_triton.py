@@ -8,6 +8,7 @@ inputs and one float32 state per 4 or 8 tokens are kept for the backward.
 import os
 from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, Optional
 
 import torch
@@ -162,6 +163,12 @@ def _tiles_at_once(tiles: int) -> int:
     return 16 if tiles <= 16 else 64
 
 
+@lru_cache(maxsize=None)
+def _kernels() -> ModuleType:
+    return import_module('.scan_triton_kernels', __package__)
+
+
+@lru_cache(maxsize=1024)
 def _plan(batch: int, groups: int, dim: int, states: int, width: int, softplus: bool,
           height: int = 1, rank: int = 0) -> _Plan:
     """The launch for sequences of `width` tokens, or for maps whose step has a rank."""
@@ -187,9 +194,24 @@ def _plan_maps(x: Tensor, dt_weight: Tensor, A: Tensor) -> _Plan:
     return _plan(batch, groups, dim, A.shape[1], width, True, height, dt_weight.shape[2])
 
 
-def _by_cells(x: Tensor) -> Tensor:
-    """(batch, H, W, groups, values) -> (batch, groups, values, cell), a view where it can be."""
-    return x.flatten(1, 2).permute(0, 2, 3, 1)
+class _Operand(NamedTuple):
+    """What the kernels see as (batch, groups, values, cell), by its strides: no view is made."""
+    tensor: Tensor
+    strides: tuple[int, int, int, int]
+
+
+def _by_cells(x: Tensor) -> _Operand:
+    """Of (batch, H, W, groups, values); copied only where H and W are not one dimension."""
+    if x.stride(1) != x.shape[2] * x.stride(2) and x.shape[1] > 1:
+        x = x.contiguous()
+    batch, row, cell, group, value = x.stride()
+    return _Operand(x, (batch, group, value, cell if x.shape[2] > 1 else row))
+
+
+def _by_tokens(x: Tensor, groups: int) -> _Operand:
+    """Of (batch, channels, L)."""
+    batch, channel, token = x.stride()
+    return _Operand(x, (batch, x.shape[1] // groups * channel, channel, token))
 
 
 def _channels_last(u: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -203,72 +225,74 @@ def _kept_states(plan: _Plan, x: Tensor, A: Tensor, keep: bool) -> Tensor:
     return A.new_empty(x.shape[0], stops, A.shape[1], A.shape[0])
 
 
-def _summary(plan: _Plan, x: Tensor, delta: Optional[Tensor], weight: Optional[Tensor],
-             rows: Tensor, A: Tensor, bias: Optional[Tensor], reverse: bool
+def _summary(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
+             rows: _Operand, A: Tensor, bias: Optional[Tensor], reverse: bool
              ) -> tuple[Tensor, Tensor]:
     """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, C)."""
-    kernels = import_module('.scan_triton_kernels', __package__)
-    decay = A.new_empty(x.shape[0], plan.chunks, A.shape[1], A.shape[0])
+    decay = A.new_empty(x.tensor.shape[0], plan.chunks, A.shape[1], A.shape[0])
     state = torch.empty_like(decay)
-    kernels.summary_kernel[(plan.programs, )](
-        x, delta, weight, rows, A, bias, decay, state, *plan.sizes, *_strides(x, delta, rows),
-        **plan.constants, REVERSE=reverse)
+    _kernels().summary_kernel[(plan.programs, )](
+        x.tensor, _tensor(delta), weight, rows.tensor, A, bias, decay, state, *plan.sizes,
+        *_strides(x, delta, rows), **plan.constants, REVERSE=reverse)
     return decay, state
 
 
-def _launch_forward(plan: _Plan, x: Tensor, delta: Optional[Tensor], weight: Optional[Tensor],
-                    rows: Tensor, A: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
+def _launch_forward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
+                    rows: _Operand, A: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
                     y: Tensor, entry: Optional[Tensor]) -> None:
-    """Fill y and, if it is given, entry.
-
-    x, rows and delta or, in its place, weight are as the kernels have them, (batch, G, values,
-    cell) with any strides; y lies in memory as (batch, cell, channels).
-    """
-    kernels = import_module('.scan_triton_kernels', __package__)
-    with torch.cuda.device_of(x):
+    """Fill y, which lies in memory as (batch, cell, channels), and, if it is given, entry. The step
+    is `delta` or, of a map, `weight` times what stands first in its rows."""
+    with torch.cuda.device_of(x.tensor):
         decay, state = _summary(plan, x, delta, weight, rows, A, bias, reverse=False)
-        kernels.forward_kernel[(plan.programs, )](
-            x, delta, weight, rows, A, D, bias, decay, state, y, entry, *plan.sizes,
-            *_strides(x, delta, rows), **plan.constants, TILES=plan.tiles_at_once)
+        _kernels().forward_kernel[(plan.programs, )](
+            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, decay, state, y, entry,
+            *plan.sizes, *_strides(x, delta, rows), **plan.constants, TILES=plan.tiles_at_once)
 
 
-def _launch_backward(plan: _Plan, x: Tensor, delta: Optional[Tensor], weight: Optional[Tensor],
-                     rows: Tensor, A: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
-                     grad: Tensor, entry: Tensor, dx: Tensor, ddelta: Optional[Tensor],
-                     drows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_backward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
+                     rows: _Operand, A: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
+                     grad: _Operand, entry: Tensor, dx: Tensor, ddelta: Optional[Tensor],
+                     drows: Tensor) -> Tensor:
     """Fill dx, ddelta if the step is given, and drows.
 
     Returns:
-        Gradients of A (channels, N), D, bias (channels,) and weight (channels, R).
+        Gradients of A, D, bias and weight, (N + 1 + 1 + R, channels).
     """
-    kernels = import_module('.scan_triton_kernels', __package__)
     channels, states = A.shape
-    rank = plan.constants['RANK']
-    sums = A.new_empty(x.shape[0], plan.chunks // plan.tile.CHUNKS, states + 2 + rank, channels)
-    with torch.cuda.device_of(x):
+    sums = A.new_empty(x.tensor.shape[0], plan.chunks // plan.tile.CHUNKS,
+                       states + 2 + plan.constants['RANK'], channels)
+    with torch.cuda.device_of(x.tensor):
         decay, state = _summary(plan, grad, delta, weight, rows, A, bias, reverse=True)
-        kernels.backward_kernel[(plan.programs, )](
-            x, delta, weight, rows, A, D, bias, grad, decay, state, entry, dx, ddelta, drows, sums,
-            *plan.sizes, *_strides(x, delta, rows, grad), **plan.constants,
-            TILES=plan.tiles_at_once)
-    dA, dD, dbias, dweight = (
-        _copy(t.t()) for t in sums.sum((0, 1)).split([states, 1, 1, rank]))
-    return dA, dD[:, 0], dbias[:, 0], dweight
+        _kernels().backward_kernel[(plan.programs, )](
+            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, grad.tensor, decay, state,
+            entry, dx, ddelta, drows, sums, *plan.sizes, *_strides(x, delta, rows, grad),
+            **plan.constants, TILES=plan.tiles_at_once)
+    return sums.sum((0, 1))
 
 
-def _copy(t: Tensor) -> Tensor:
-    """A contiguous one: an operator's results may not share memory."""
-    return t.clone(memory_format=torch.contiguous_format)
+def _sums_fake(A: Tensor, rank: int) -> Tensor:
+    return A.new_empty(A.shape[1] + 2 + rank, A.shape[0])
 
 
-def _strides(*tensors: Optional[Tensor]) -> list[int]:
-    return [stride for t in tensors for stride in ((0, 0, 0, 0) if t is None else t.stride())]
+def _of_sums(sums: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of A (channels, N), D, bias (channels,) and weight (channels, R)."""
+    return sums[:states].t(), sums[states], sums[states + 1], sums[states + 2:].t()
+
+
+def _tensor(operand: Optional[_Operand]) -> Optional[Tensor]:
+    return None if operand is None else operand.tensor
+
+
+def _strides(*operands: Optional[_Operand]) -> list[int]:
+    return [stride for t in operands for stride in ((0, 0, 0, 0) if t is None else t.strides)]
 
 
 def _empty_drows(plan: _Plan, rows: Tensor) -> Tensor:
     """Each part's share in the gradient of rows: (part, batch, cell, G, R + 2N)."""
-    parts = -(-plan.sizes[-1] // plan.tile.CHANNELS)
-    return rows.new_empty(parts, *rows.permute(0, 3, 1, 2).shape,
+    height, width, _, groups, dim = plan.sizes
+    parts = -(-dim // plan.tile.CHANNELS)
+    values = plan.constants['RANK'] + 2 * plan.constants['N']
+    return rows.new_empty(parts, rows.shape[0], height * width, groups, values,
                           dtype=rows.dtype if parts == 1 else torch.float32)
 
 
@@ -288,12 +312,13 @@ def _contiguous(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
              bias: Optional[Tensor], softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """y (batch, channels, L), and the states that the backward starts from (none unless keep)."""
-    plan = _plan_sequences(u, B, softplus)
+    plan, groups = _plan_sequences(u, B, softplus), B.shape[1]
     A, D, bias = _contiguous(A, D, bias)
     y = _channels_last(u)
     entry = _kept_states(plan, u, A, keep)
-    u, delta = (t.unflatten(1, (B.shape[1], -1)) for t in (u, delta))
-    _launch_forward(plan, u, delta, None, _rows(B, C), A, D, bias, y, entry if keep else None)
+    rows = _rows(B, C)
+    _launch_forward(plan, _by_tokens(u, groups), _by_tokens(delta, groups), None,
+                    _Operand(rows, rows.stride()), A, D, bias, y, entry if keep else None)
     return y, entry
 
 
@@ -303,27 +328,24 @@ def _forward_fake(u, delta, A, B, C, D, bias, softplus, keep):
 
 def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               D: Optional[Tensor], bias: Optional[Tensor], entry: Tensor, softplus: bool
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D and bias; the last two also where these are None."""
-    plan = _plan_sequences(u, B, softplus)
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, B beside C (batch, L, G, 2N), and of A, D and bias as _of_sums takes
+    them."""
+    plan, groups = _plan_sequences(u, B, softplus), B.shape[1]
     A, D, bias = _contiguous(A, D, bias)
     du, ddelta = _channels_last(u), _channels_last(u, delta.dtype)
     rows = _rows(B, C)
     drows = _empty_drows(plan, rows)
-    grad, u, delta = (t.unflatten(1, (B.shape[1], -1)) for t in (grad, u, delta))
-    dA, dD, dbias, _ = _launch_backward(plan, u, delta, None, rows, A, D, bias, grad, entry, du,
-                                        ddelta, drows)
-    dB, dC = (_copy(t).permute(0, 2, 3, 1)
-              for t in _summed(drows, torch.float32).chunk(2, -1))
-    return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dbias
+    sums = _launch_backward(plan, _by_tokens(u, groups), _by_tokens(delta, groups), None,
+                            _Operand(rows, rows.stride()), A, D, bias, _by_tokens(grad, groups),
+                            entry, du, ddelta, drows)
+    return du, ddelta, _summed(drows, rows.dtype), sums
 
 
 def _backward_fake(grad, u, delta, A, B, C, D, bias, entry, softplus):
-    def like(t):  # (batch, G, N, L) with memory (batch, L, G, N)
-        return t.new_empty(t.shape[0], t.shape[3], *t.shape[1:3]).permute(0, 2, 3, 1)
-
-    return (_channels_last(u), _channels_last(u, delta.dtype), A.new_empty(A.shape), like(B),
-            like(C), A.new_empty(A.shape[0]), A.new_empty(A.shape[0]))
+    rows = B.new_empty(B.shape[0], B.shape[3], B.shape[1], 2 * B.shape[2],
+                       dtype=torch.promote_types(B.dtype, C.dtype))
+    return _channels_last(u), _channels_last(u, delta.dtype), rows, _sums_fake(A, 0)
 
 
 def _save(ctx, inputs, output):
@@ -334,11 +356,12 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, backward, grad, _):
     *tensors, entry = ctx.saved_tensors
-    grads = list(backward(grad, *tensors, entry, ctx.softplus))
-    for i in (5, 6):
-        if tensors[i] is None:
-            grads[i] = None
-    return (*grads, None, None)
+    _, _, A, B, C, D, bias = tensors
+    du, ddelta, drows, sums = backward(grad, *tensors, entry, ctx.softplus)
+    dB, dC = (t.permute(0, 2, 3, 1) for t in drows.chunk(2, -1))
+    dA, dD, dbias, _ = _of_sums(sums, A.shape[1])
+    return (du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), None if D is None else dD,
+            None if bias is None else dbias, None, None)
 
 
 _sequences = Operator('triton_scan', _forward, _backward, _forward_fake, _backward_fake, _save,
@@ -363,22 +386,19 @@ def _map_forward_fake(x, x_dbl, dt_weight, A, D, bias, keep, out_dtype):
 
 
 def _map_backward(grad: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                  bias: Tensor, entry: Tensor
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, x_dbl, dt_weight, A, D and bias."""
+                  bias: Tensor, entry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of x_dbl, and of the others as _of_sums takes them."""
     plan = _plan_maps(x, dt_weight, A)
     dt_weight, A, D, bias = _contiguous(dt_weight, A, D, bias)
-    rows = _by_cells(x_dbl)
-    drows = _empty_drows(plan, rows)
+    drows = _empty_drows(plan, x_dbl)
     dx = x.new_empty(x.shape)
-    dA, dD, dbias, dweight = _launch_backward(plan, _by_cells(x), None, dt_weight, rows, A, D,
-                                              bias, _by_cells(grad), entry, dx, None, drows)
-    dx_dbl = _summed(drows, x_dbl.dtype).view(x_dbl.shape)
-    return dx, dx_dbl, dweight.view(dt_weight.shape), dA, dD, dbias
+    sums = _launch_backward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A, D, bias,
+                            _by_cells(grad), entry, dx, None, drows)
+    return dx, _summed(drows, x_dbl.dtype).view(x_dbl.shape), sums
 
 
 def _map_backward_fake(grad, x, x_dbl, dt_weight, A, D, bias, entry):
-    return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, A, D, bias))
+    return x.new_empty(x.shape), x_dbl.new_empty(x_dbl.shape), _sums_fake(A, dt_weight.shape[2])
 
 
 def _save_map(ctx, inputs, output):
@@ -388,7 +408,11 @@ def _save_map(ctx, inputs, output):
 
 
 def _differentiate_map(ctx, backward, grad, _):
-    return (*backward(grad, *ctx.saved_tensors), None, None)
+    saved = ctx.saved_tensors  # once: recomputed blocks unpack nothing twice
+    dt_weight, A = saved[2:4]
+    dx, dx_dbl, sums = backward(grad, *saved)
+    dA, dD, dbias, dweight = _of_sums(sums, A.shape[1])
+    return dx, dx_dbl, dweight.reshape(dt_weight.shape), dA, dD, dbias, None, None
 
 
 _maps = Operator('triton_directional_scan', _map_forward, _map_backward, _map_forward_fake,
