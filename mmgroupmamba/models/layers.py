@@ -20,6 +20,7 @@ from mmgroupmamba.ops import (
     DIRECTIONS,
     add_layer_norm,
     depthwise_conv,
+    depthwise_conv_linear,
     directional_scan,
     gated_layer_norm,
     grouped_linear,
@@ -276,7 +277,11 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.conv(self.fc1(x)))
+        x, conv, fc2 = self.fc1(x), self.conv, self.fc2
+        if conv.backend == 'torch':
+            return fc2(conv(x))
+        return depthwise_conv_linear(x, conv.weight, conv.bias, conv.activation, fc2.weight,
+                                     fc2.bias, conv.backend)
 
 
 class Block(nn.Module):

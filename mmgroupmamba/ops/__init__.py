@@ -4,6 +4,7 @@ from .around_scan import (
                           add_layer_norm,
                           check_fused_ops,
                           depthwise_conv,
+                          depthwise_conv_linear,
                           gated_layer_norm,
                           layer_norm,
                           modulate_layer_norm,
@@ -22,10 +23,9 @@ from .selective_scan import (
 )
 
 __all__ = [
-    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'add_layer_norm', 'available_backends',
-    'block_diagonal',
-    'check_backend', 'check_fused_ops', 'depthwise_conv', 'directional_scan', 'from_sequences',
+    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'add_layer_norm',
+    'available_backends', 'block_diagonal', 'check_backend', 'check_fused_ops',
+    'depthwise_conv', 'depthwise_conv_linear', 'directional_scan', 'from_sequences',
     'gated_layer_norm', 'grouped_linear', 'layer_norm', 'linear_dtype', 'modulate_layer_norm',
-    'resolve_backend', 'selective_scan', 'to_sequences',
-    'with_padding', 'without_padding'
+    'resolve_backend', 'selective_scan', 'to_sequences', 'with_padding', 'without_padding'
 ]

@@ -75,15 +75,8 @@ def depthwise_conv(x: Tensor,
         ValueError: Shapes, dtypes or devices do not fit together, or an option is unknown.
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
-    if x.dim() != 4 or 0 in x.shape:
-        raise ValueError('depthwise_conv: x must be (batch, H, W, C) and not empty, got '
-                         f'{tuple(x.shape)}')
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f'depthwise_conv: unknown activation {activation!r}: choose one of '
-                         f'{", ".join(_ACTIVATIONS)}')
+    _check_conv(x, weight, bias, activation)
     channels = x.shape[3]
-    _check('depthwise_conv', x.device, x=(x, x.shape), weight=(weight, (channels, 1, 3, 3)),
-           bias=(bias, (channels, )))
     module = _module('depthwise_conv', backend, x.device.type)
     if module is not None:
         return module.depthwise_conv(x, weight, bias, activation)
@@ -92,6 +85,36 @@ def depthwise_conv(x: Tensor,
                      groups=channels)
         activate = (_ACTIVATIONS if y.requires_grad else _IN_PLACE)[activation]
         return activate(y.permute(0, 2, 3, 1))
+
+
+def depthwise_conv_linear(x: Tensor,
+                          conv_weight: Tensor,
+                          conv_bias: Tensor,
+                          activation: str,
+                          weight: Tensor,
+                          bias: Tensor,
+                          backend: str = 'torch') -> Tensor:
+    """A linear layer of :func:`depthwise_conv`'s result, under autocast in its dtype.
+
+    Args:
+        x, conv_weight, conv_bias, activation: Of :func:`depthwise_conv`.
+        weight: Of the linear layer, (D, C).
+        bias: (D,).
+        backend: 'torch' or 'triton'. With 'triton' the wide map between the two is not kept for
+            the backward but computed again.
+
+    Returns:
+        (batch, H, W, D).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or an option is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    if backend == 'triton' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _check_conv(x, conv_weight, conv_bias, activation)
+        module = _module('depthwise_conv_linear', backend, x.device.type)
+        return module.depthwise_conv_linear(x, conv_weight, conv_bias, activation, weight, bias)
+    return F.linear(depthwise_conv(x, conv_weight, conv_bias, activation, backend), weight, bias)
 
 
 def layer_norm(x: Tensor,
@@ -318,6 +341,18 @@ def _check(operator: str, device: torch.device,
             raise ValueError(f'{operator}: {name} is on {tensor.device}, the map on {device}')
         if not tensor.is_floating_point():
             raise ValueError(f'{operator}: {name} must be real floating, got {tensor.dtype}')
+
+
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> None:
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('depthwise_conv: x must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'depthwise_conv: unknown activation {activation!r}: choose one of '
+                         f'{", ".join(_ACTIVATIONS)}')
+    channels = x.shape[3]
+    _check('depthwise_conv', x.device, x=(x, x.shape), weight=(weight, (channels, 1, 3, 3)),
+           bias=(bias, (channels, )))
 
 
 def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,

@@ -10,10 +10,13 @@ from types import ModuleType
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .directions import DIRECTIONS
 from .operator import Operator
+from .precision import cast, linear_dtype, without_autocast
 from .scan_triton import why_not as why_not  # the same Triton, the same devices
 
 GROUPS = len(DIRECTIONS)
@@ -168,6 +171,47 @@ def _differentiate_conv(ctx, backward, grad):
 
 _conv = Operator('triton_depthwise_conv', _conv_forward, _conv_backward, _conv_forward_fake,
                  _conv_backward_fake, _save_conv, _differentiate_conv)
+
+
+def depthwise_conv_linear(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, activation: str,
+                          weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`mmgroupmamba.ops.depthwise_conv_linear`.
+
+    Raises:
+        ValueError: float64 input.
+    """
+    _refuse_float64(x, conv_weight, conv_bias)
+    conv = _pitched(x), conv_weight.contiguous(), conv_bias.contiguous()
+    return _ConvLinear.apply(*conv, activation, weight, bias, linear_dtype(x))
+
+
+class _ConvLinear(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x: Tensor, conv_weight: Tensor, conv_bias: Tensor, activation: str,
+                weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.activation, ctx.dtypes = activation, (weight.dtype, bias.dtype)
+        with without_autocast(x.device.type):
+            wide = _conv_forward(x, conv_weight, conv_bias, activation)
+            wide, weight, bias = cast(dtype, wide, weight, bias)
+            ctx.save_for_backward(x, conv_weight, conv_bias, weight)
+            return F.linear(wide, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, conv_weight, conv_bias, weight = ctx.saved_tensors
+        conv = x, conv_weight, conv_bias
+        of_weight, of_bias = ctx.dtypes
+        with without_autocast(x.device.type):
+            wide = _conv_forward(*conv, ctx.activation).to(grad.dtype).flatten(0, 2)
+            tokens = grad.reshape(-1, grad.shape[-1])
+            dweight, dbias = tokens.t() @ wide, tokens.sum(0)
+            dwide = (tokens @ weight).view(x.shape).to(x.dtype)
+            dx, sums = _conv_backward(dwide, *conv, ctx.activation)
+        dconv_weight = sums[:9].t().reshape(conv_weight.shape)
+        return (dx, dconv_weight.to(conv_weight.dtype), sums[9].to(conv_bias.dtype), None,
+                dweight.to(of_weight), dbias.to(of_bias), None)
 
 
 def _counted(channels: int, groups: int, real: Optional[int]) -> tuple[int, int]:

@@ -193,6 +193,33 @@ def test_depthwise_conv_in_parts():
 
 
 @runs
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_depthwise_conv_linear(dtype):
+    """What lies between convolution and linear layer is not kept."""
+    inputs = {k: v.float() for k, v in conv_inputs(2, 5, 3).items()}
+    inputs = dict(x=inputs['x'].to(dtype), conv_weight=inputs['weight'],
+                  conv_bias=inputs['bias'], weight=randn(7, 20, seed=3).float(),
+                  bias=randn(7, seed=4).float())
+    kept = []
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t.shape) or t, lambda t: t):
+            (y, ), grads = run('depthwise_conv_linear', inputs, 'triton', activation='gelu')
+    assert kept.count((2, 5, 3, 20)) == 1 and y.dtype == dtype
+    (want, ), want_grads = run('depthwise_conv_linear', {k: v.double() for k, v in inputs.items()},
+                               'torch', activation='gelu')
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert relative(y, want) < tolerance
+    for name, got in grads.items():
+        assert got.dtype == inputs[name].dtype and got.shape == inputs[name].shape
+        assert relative(got, want_grads[name]) < 2 * tolerance, name
+    with torch.no_grad():
+        again = ops.depthwise_conv_linear(**{k: v.float() for k, v in inputs.items()},
+                                          activation='gelu', backend='triton')
+    assert relative(again, want) < tolerance
+
+
+@runs
 @pytest.mark.parametrize('activation', ACTIVATIONS)
 def test_depthwise_conv_of_large_values(activation):
     inputs = conv_inputs()
