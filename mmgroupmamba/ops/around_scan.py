@@ -10,7 +10,7 @@ Precision is the arguments', whatever autocast says, but for the sums inside: fl
 """
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +37,29 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _IN_PLACE = {**_ACTIVATIONS, 'gelu': torch.ops.aten.gelu_, 'silu': torch.ops.aten.silu_}
 
 
-def check_fused_ops(names: Sequence[str], device_type: Optional[str] = None) -> None:
+def check_fused_ops(names: Union[str, Sequence[str]], device_type: Optional[str] = None
+                    ) -> tuple[str, ...]:
     """Raise unless `names` are of :data:`FUSED_OPS`, and fused kernels run on `device_type`.
 
     Args:
-        names: Of a model.
+        names: Of a model, or 'all'.
         device_type: 'cpu', 'cuda', ...; None means CUDA where there is a GPU, else CPU.
+
+    Returns:
+        The names.
 
     Raises:
         ValueError: A name is unknown; the message lists the legal ones.
         BackendUnavailableError: The kernels cannot run; the message says why.
     """
+    if isinstance(names, str) and names == 'all':
+        names = FUSED_OPS
     if isinstance(names, str) or not set(names) <= set(FUSED_OPS):
-        raise ValueError(f'fused_ops must be a list of {", ".join(FUSED_OPS)}, got {names!r}')
+        raise ValueError(f"fused_ops must be 'all' or a list of {', '.join(FUSED_OPS)}, got "
+                         f'{names!r}')
     for name in names:
         _module(name, 'triton', device_type or default_device())
+    return tuple(names)
 
 
 def depthwise_conv(x: Tensor,

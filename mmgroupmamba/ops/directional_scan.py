@@ -56,7 +56,7 @@ def directional_scan(x: Tensor,
     out_dtype = out_dtype or torch.promote_types(x.dtype, torch.float32)
     if x.shape[1:3] == (1, 1) and not torch.is_grad_enabled():
         return one_token(x, x_dbl, dt_weight, D, dt_bias).to(out_dtype)
-    module = backend_module(resolve_backend(backend, x.device.type))
+    module = backend_module(resolve_backend(backend, x.device.type, x.dtype))
     own = getattr(module, 'directional_scan', None)
     if own is not None:
         return own(x, x_dbl, dt_weight, A, D, dt_bias, out_dtype)

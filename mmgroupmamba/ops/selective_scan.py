@@ -23,8 +23,8 @@ _BACKENDS = {
     'mamba_ssm': 'scan_mamba_ssm',
     'triton': 'scan_triton',
 }
-# 'auto' takes the first that runs on the device
-_PREFERENCE = {'cuda': ('mamba_ssm', 'blocked')}
+# 'auto' takes the first that runs on the device; docs/performance.md has the measurements
+_PREFERENCE = {'cuda': ('triton', 'mamba_ssm', 'blocked')}
 
 
 class BackendUnavailableError(ValueError):
@@ -78,12 +78,13 @@ def check_backend(name: str, device_type: Optional[str] = None) -> None:
         raise BackendUnavailableError(f'scan backend {name!r} cannot run: {reason}')
 
 
-def resolve_backend(name: str, device_type: str) -> str:
+def resolve_backend(name: str, device_type: str, dtype: Optional[torch.dtype] = None) -> str:
     """Turn 'auto' into the name of the backend that runs, and check any other name.
 
     Args:
         name: 'auto' or a backend's name.
         device_type: Device of the tensors: 'cpu', 'cuda', ...
+        dtype: Theirs, if it is known: for float64 'auto' is 'blocked', which has it.
 
     Returns:
         The backend's name. What 'auto' takes is logged once per device type.
@@ -91,6 +92,8 @@ def resolve_backend(name: str, device_type: str) -> str:
     Raises:
         ValueError, BackendUnavailableError: As :func:`check_backend`.
     """
+    if name == 'auto' and dtype == torch.float64:
+        return 'blocked'
     if (name, device_type) not in _resolved:
         _resolved[name, device_type] = _resolve(name, device_type)
     return _resolved[name, device_type]
@@ -151,7 +154,7 @@ def selective_scan(u: Tensor,
         BackendUnavailableError: The backend asked for by name cannot run on this device.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    name = resolve_backend(backend, u.device.type)
+    name = resolve_backend(backend, u.device.type, u.dtype)
     return backend_module(name).scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 

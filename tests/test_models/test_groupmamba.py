@@ -202,8 +202,8 @@ def test_bad_arch_is_named(arch, message):
     (dict(frozen_stages=5), 'frozen_stages'),
     (dict(drop_path_rate=1.), 'drop_path_rate'),
     (dict(scan_backend='fast'), "unknown scan backend 'fast'"),
-    (dict(fused_ops=['conv']), 'fused_ops must be a list of depthwise_conv, layer_norm, add_lay'),
-    (dict(fused_ops='add_layer_norm'), 'fused_ops must be a list'),
+    (dict(fused_ops=['conv']), "fused_ops must be 'all' or a list of depthwise_conv, layer_norm"),
+    (dict(fused_ops='add_layer_norm'), "fused_ops must be 'all' or a list"),
 ])
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -255,6 +255,8 @@ def test_arch_table_is_the_papers():
 def test_fused_ops_are_refused_at_once_where_they_cannot_run():
     with pytest.raises(ValueError, match="add_layer_norm: backend 'triton' cannot run: .*CUDA"):
         GroupMamba(MICRO, fused_ops=['add_layer_norm'])
+    with pytest.raises(ValueError, match="depthwise_conv: backend 'triton' cannot run: .*CUDA"):
+        GroupMamba(MICRO, fused_ops='all')
 
 
 def test_fused_ops_are_the_operators_that_are_named():

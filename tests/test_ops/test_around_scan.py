@@ -396,9 +396,10 @@ def test_some_channels_of_a_map(monkeypatch, operator, inputs, options, name, sh
 
 
 @runs
-@pytest.mark.parametrize('fused_ops', [ops.FUSED_OPS, ['layer_norm'], ['add_layer_norm']])
-def test_model_of_fused_ops_is_the_model(fused_ops):
+@pytest.mark.parametrize('fused_ops', ['all', ['layer_norm'], ['add_layer_norm']])
+def test_model_of_fused_ops_is_the_model(monkeypatch, fused_ops):
     """Outputs and gradients, of recomputed blocks; outputs also folded, padded and joined."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     arch = dict(stem_hidden_dim=4, embed_dims=(16, 20, 20, 20), depths=(2, 1, 1, 1),
                 mlp_ratios=(1, 1, 1, 1))
     torch.manual_seed(0)
@@ -419,7 +420,7 @@ def test_model_of_fused_ops_is_the_model(fused_ops):
     for name, want in grads[0].items():
         if 'skip_scale' not in name:  # noise: the norm behind it takes the scale away
             assert relative(grads[1][name], want) < 1e-4, name
-    if len(fused_ops) == 1:
+    if fused_ops != 'all':
         return
     fuse(fused)
     pad_channels(fused, most=2)

@@ -137,6 +137,21 @@ def test_auto_takes_blocked_on_cpu():
     assert resolve_backend('auto', 'cpu') == 'blocked'
 
 
+def test_auto_takes_the_first_that_runs_on_cuda(monkeypatch):
+    """In the order that docs/performance.md measured; float64 is for the one that has it."""
+    from mmgroupmamba.ops import selective_scan as door  # the function: its module's globals
+    table = door.__globals__
+    runs = {'triton', 'mamba_ssm', 'blocked'}
+    for name in ('triton', 'mamba_ssm', 'blocked'):
+        monkeypatch.setattr(table['backend_module'](name), 'why_not',
+                            lambda _, name=name: None if name in runs else 'absent')
+    for name in ('triton', 'mamba_ssm', 'blocked'):
+        monkeypatch.setitem(table, '_resolved', {})
+        assert resolve_backend('auto', 'cuda', torch.float32) == name
+        assert resolve_backend('auto', 'cuda', torch.float64) == 'blocked'
+        runs.discard(name)
+
+
 def test_unknown_backend_lists_the_legal_ones():
     with pytest.raises(ValueError, match='unknown scan .*reference, blocked, mamba_ssm, triton'):
         selective_scan(**make_inputs(length=4), backend='cuda')
