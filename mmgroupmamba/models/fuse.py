@@ -70,7 +70,8 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
 class FuseHook(Hook):
     """Test with a folded copy of the model, see :func:`fuse`; the model itself is left as it is.
 
-    It comes after mmengine's EMAHook, so the copy is of the averaged weights where there are any.
+    It comes after mmengine's EMAHook, so the copy is of the averaged weights where there are any. A
+    test loop under autocast gets weights cast for it.
     """
     priority = 'VERY_LOW'
 
@@ -78,7 +79,10 @@ class FuseHook(Hook):
         self.model = runner.model
         # testing needs no wrapper, and DDP's holds what is not to be copied
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        runner.model = fuse(deepcopy(model))
+        autocast_dtype = None
+        if getattr(runner.test_loop, 'fp16', False):
+            autocast_dtype = torch.get_autocast_dtype(next(model.parameters()).device.type)
+        runner.model = fuse(deepcopy(model), autocast_dtype)
 
     def after_test_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
         runner.model = self.model

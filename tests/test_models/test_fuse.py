@@ -155,19 +155,24 @@ def test_twice_is_once():
         assert all(torch.equal(g, w) for g, w in zip(fuse(model)(image), want))
 
 
+@pytest.mark.parametrize('amp', [False, True])
 @pytest.mark.parametrize('wrap', [lambda model: model, nn.DataParallel])
-def test_hook_leaves_the_model_alone(wrap):
-    runner = SimpleNamespace(model=wrap(stirred(GroupMamba(MICRO)).to(DEVICE)))
+def test_hook_leaves_the_model_alone(wrap, amp):
+    runner = SimpleNamespace(model=wrap(stirred(GroupMamba(MICRO)).to(DEVICE)),
+                             test_loop=SimpleNamespace(fp16=amp))
     model, before = runner.model, copy.deepcopy(runner.model.state_dict())
     image = torch.randn(1, 3, 64, 64, device=DEVICE)
     hook = HOOKS.build(dict(type='mmgroupmamba.FuseHook'))
     hook.before_test_epoch(runner)
     assert runner.model is not model and isinstance(runner.model, GroupMamba)
-    with torch.no_grad():
+    dtype = torch.get_autocast_dtype(DEVICE) if amp else torch.float32
+    assert runner.model.stages[0].blocks[0].mixer.proj.weight.dtype == dtype
+    with torch.no_grad(), torch.autocast(DEVICE, enabled=amp):
         got = runner.model(image)
     hook.after_test_epoch(runner)
     assert runner.model is model and model.state_dict().keys() == before.keys()
     with torch.no_grad():
-        assert max(relative(g, w) for g, w in zip(got, model(image))) < 1e-5
+        tolerance = 3e-2 if amp else 1e-5
+        assert max(relative(g, w) for g, w in zip(got, model(image))) < tolerance
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
