@@ -2,9 +2,8 @@
 
 Shaker et al., "GroupMamba: Efficient Group-Based Visual State Space Model", CVPR 2025.
 """
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Optional, Union
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import torch
 import torch.nn as nn
@@ -81,31 +80,21 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
 class Stage(nn.Module):
     """Patch embedding, blocks and the norm through which the map leaves the stage."""
 
-    def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module,
-                 fused_ops: Sequence[str] = ()) -> None:
+    def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module) -> None:
         super().__init__()
         self.embed = embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self.fused_sums = 'add_layer_norm' in fused_ops
 
     def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
-        call = partial(checkpoint, use_reentrant=False)
-        if not with_cp or not torch.is_grad_enabled():
-            call = _call
-        x = self.embed(x)
-        if self.fused_sums:
-            branch = None
-            for block in self.blocks:
-                x, branch = call(block.fused, x, branch)
-            return self.norm(x + branch)
+        recompute = with_cp and torch.is_grad_enabled()
+        # the stream and, where sums go with the next norm, what is left to be added to it
+        maps = (self.embed(x), )
         for block in self.blocks:
-            x = call(block, x)
-        return self.norm(x)
-
-
-def _call(function: Callable, *args: Any) -> Any:
-    return function(*args)
+            maps = checkpoint(block, *maps, use_reentrant=False) if recompute else block(*maps)
+            if isinstance(maps, Tensor):
+                maps = (maps, )
+        return self.norm(maps[0] if len(maps) == 1 else maps[0] + maps[1])
 
 
 @MODELS.register_module()
@@ -127,12 +116,11 @@ class GroupMamba(BaseModule):
             belongs to the class token (:class:`~.classification.ClassBlockNeck`).
         scan_backend: 'auto', 'reference', 'blocked', 'mamba_ssm' or 'triton'; see
             :func:`mmgroupmamba.ops.selective_scan`.
-        fused_ops: 'all', or of 'depthwise_conv' (with bias and activation, and recomputed before
-            the feed-forward's second linear layer), 'layer_norm', 'add_layer_norm'
-            (residual sum and norm), 'modulate_layer_norm' (the groups' product with the layer's
-            input and its norm), 'gated_layer_norm' (the groups' norms and gate): those that run as
-            one Triton kernel each on CUDA, in a third of the time. The others run as PyTorch
-            defines them.
+        fused_ops: 'all', or of 'depthwise_conv' (with bias and activation; the feed-forward's is
+            computed again in the backward pass), 'layer_norm', 'add_layer_norm' (residual sum and
+            norm), 'modulate_layer_norm' (the groups' product with the layer's input and its norm)
+            and 'gated_layer_norm' (the groups' norms and gate): those that run as one Triton kernel
+            each on CUDA. The others run as PyTorch defines them.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.
 
@@ -188,7 +176,7 @@ class GroupMamba(BaseModule):
             norm = (
                 LayerNorm(dims[i], 1e-6, fused_ops=fused_ops)
                 if i < 3 or final_norm else nn.Identity())
-            self.stages.append(Stage(embed, blocks, norm, fused_ops))
+            self.stages.append(Stage(embed, blocks, norm))
         self.apply(init_weights)
         self._freeze()
 

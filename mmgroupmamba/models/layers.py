@@ -8,7 +8,7 @@ official repository for what the paper leaves open.
 """
 import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn as nn
@@ -287,7 +287,8 @@ class ConvFFN(nn.Module):
 class Block(nn.Module):
     """Layer, then feed-forward, each with its residual: (B, H, W, C) in and out.
 
-    The layer norms its own input; ``norm`` is the feed-forward's.
+    The layer norms its own input; ``norm`` is the feed-forward's. With the fused op add_layer_norm,
+    a block leaves its last sum to the next one: it takes and returns two maps.
     """
 
     def __init__(self,
@@ -299,15 +300,19 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = ModulatedGroupMamba(channels, scan_backend, fused_ops)
         self.norm = LayerNorm(channels, 1e-6, before_linear=True, fused_ops=fused_ops)
+        self.fused_sums = 'add_layer_norm' in fused_ops
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Optional[Tensor] = None
+                ) -> Union[Tensor, tuple[Tensor, Tensor]]:
+        if self.fused_sums:
+            return self._fused(x, branch)
         x = x + self.drop_path(self.mixer(x))
         return x + self.drop_path(self.ffn(self.norm(x)))
 
-    def fused(self, x: Tensor, branch: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-        """As forward, each sum in one kernel with the norm that follows it.
+    def _fused(self, x: Tensor, branch: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, each sum in one kernel with the norm that follows it.
 
         Args:
             x: The stream.
