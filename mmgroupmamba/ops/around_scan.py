@@ -118,6 +118,8 @@ def depthwise_conv_linear(x: Tensor,
         ValueError: Shapes, dtypes or devices do not fit together, or an option is unknown.
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
+    _check('depthwise_conv_linear', x.device, weight=(weight, (len(bias), x.shape[-1])),
+           bias=(bias, (len(weight), )))
     if backend == 'triton' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _check_conv(x, conv_weight, conv_bias, activation)
         module = _module('depthwise_conv_linear', backend, x.device.type)
@@ -152,6 +154,7 @@ def layer_norm(x: Tensor,
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
     _check_norm('layer_norm', x, weight, bias)
+    _check_real('layer_norm', x.shape[3], real)
     norm_dtype = norm_dtype or _norm_dtype(x)
     module = _module('layer_norm', backend, x.device.type)
     if module is not None:
@@ -191,6 +194,7 @@ def add_layer_norm(x: Tensor,
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
     _check_norm('add_layer_norm', x, weight, bias, residual=residual)
+    _check_real('add_layer_norm', x.shape[3], real)
     norm_dtype = norm_dtype or _norm_dtype(x, residual)
     module = _module('add_layer_norm', backend, x.device.type)
     if module is not None:
@@ -232,6 +236,7 @@ def modulate_layer_norm(y: Tensor,
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
     _check_norm('modulate_layer_norm', y, weight, bias, x=x)
+    _check_real('modulate_layer_norm', y.shape[3], real)
     _check('modulate_layer_norm', y.device, factor=(factor, (len(y), 1, 1, y.shape[3])))
     norm_dtype = norm_dtype or _norm_dtype(y, x, factor)
     module = _module('modulate_layer_norm', backend, y.device.type)
@@ -309,6 +314,7 @@ def gated_layer_norm(y: Tensor,
     _check('gated_layer_norm', y.device, y=(y, y.shape),
            gate=(gate, (*y.shape[:3], grouped.numel())), weight=(weight, grouped),
            bias=(bias, grouped))
+    _check_real('gated_layer_norm', grouped.numel(), real, grouped[0])
     module = _module('gated_layer_norm', backend, y.device.type)
     if module is not None:
         return module.gated_layer_norm(y, gate, weight, bias, eps, real)
@@ -374,3 +380,9 @@ def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,
            weight=(weight, channels), bias=(bias, channels))
     if not x.is_floating_point():
         raise ValueError(f'{operator}: the map must be real floating, got {x.dtype}')
+
+
+def _check_real(operator: str, channels: int, real: Optional[int], groups: int = GROUPS) -> None:
+    if real is not None and (channels % groups or not 0 < real <= channels // groups):
+        raise ValueError(f'{operator}: real must be 1 to {channels // groups}, of {groups} groups '
+                         f'of channels, got {real} of {channels}')

@@ -9,21 +9,11 @@ atomics, the same input gives the same bits.
 import triton
 import triton.language as tl
 
+from .scan_triton_kernels import _reciprocal, _sigmoid
+
 # no recompilation when these become 1 or a multiple of 16
 RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks', 'tiles',
            'parts', 'real', 'pitch']
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x for x >= 1, in two instructions instead of the division's nine."""
-    return tl.rsqrt(x * x)
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp2(tl.abs(x) * -1.442695041)
-    return tl.where(x < 0, e, 1.) * _reciprocal(1. + e)
 
 
 @triton.jit

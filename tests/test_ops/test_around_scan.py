@@ -524,6 +524,20 @@ def test_wrong_shape_is_named(operator, inputs, options, name, shape):
                                **options)
 
 
+@pytest.mark.parametrize('operator, inputs, options', CASES[1:])
+@pytest.mark.parametrize('real', [0, 6])
+def test_wrong_padding_is_named(operator, inputs, options, real):
+    with pytest.raises(ValueError, match=f'{operator}: real must be 1 to 5, of 4 groups'):
+        getattr(ops, operator)(**inputs(), **options, real=real)
+
+
+def test_linear_layer_that_does_not_fit_is_named():
+    inputs = conv_inputs()
+    with pytest.raises(ValueError, match=r'depthwise_conv_linear: weight must be \(3, 20\)'):
+        ops.depthwise_conv_linear(inputs['x'], inputs['weight'], inputs['bias'], 'gelu',
+                                  randn(3, 21), randn(3))
+
+
 def test_wrong_option_and_dtype_are_named():
     with pytest.raises(ValueError, match='unknown activation .* choose one of gelu, silu, none'):
         depthwise_conv(**conv_inputs(), activation='relu')
