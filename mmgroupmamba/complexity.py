@@ -90,10 +90,10 @@ def _(u, delta, A, B, C, D, delta_bias):
     return torch.empty_like(u)
 
 
-def _scan_in_its_place(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+def _scan_in_its_place(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
                        dt_bias: Tensor, backend: str = 'auto',
                        out_dtype: Optional[torch.dtype] = None) -> Tensor:
-    return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias,
+    return over_sequences(x, x_dbl, dt_weight, A_log, D, dt_bias,
                           lambda *args: _counted_scan(*args[:-1]))
 
 

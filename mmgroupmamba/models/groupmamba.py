@@ -120,7 +120,9 @@ class GroupMamba(BaseModule):
             computed again in the backward pass), 'layer_norm', 'add_layer_norm' (residual sum and
             norm), 'modulate_layer_norm' (the groups' product with the layer's input and its norm)
             and 'gated_layer_norm' (the groups' norms and gate): those that run as one Triton kernel
-            each on CUDA. The others run as PyTorch defines them.
+            each on CUDA. The others run as PyTorch defines them. With 'all', a block trains as one
+            function (:func:`mmgroupmamba.ops.training_block`), unless a module in it was replaced
+            or has a hook.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.
 

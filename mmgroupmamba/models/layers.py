@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mmgroupmamba.ops import (
     DIRECTIONS,
+    FUSED_OPS,
+    BlockWeights,
     add_layer_norm,
     depthwise_conv,
     depthwise_conv_linear,
@@ -27,6 +29,8 @@ from mmgroupmamba.ops import (
     layer_norm,
     linear_dtype,
     modulate_layer_norm,
+    training_block,
+    trains_whole,
 )
 
 GROUPS = len(DIRECTIONS)
@@ -197,7 +201,7 @@ class GroupedSSM(nn.Module):
             x.view(grouped),
             self.x_proj(x).view(grouped),  # (B, H, W, 4, R + 2N)
             self.dt_proj.weight,
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            self.A_log,
             self.D,
             self.dt_bias,
             backend=self.scan_backend,
@@ -288,7 +292,8 @@ class Block(nn.Module):
     """Layer, then feed-forward, each with its residual: (B, H, W, C) in and out.
 
     The layer norms its own input; ``norm`` is the feed-forward's. With the fused op add_layer_norm,
-    a block leaves its last sum to the next one: it takes and returns two maps.
+    a block leaves its last sum to the next one: it takes and returns two maps. With all of them it
+    trains as one function, :func:`~mmgroupmamba.ops.training_block`.
     """
 
     def __init__(self,
@@ -301,6 +306,8 @@ class Block(nn.Module):
         self.mixer = ModulatedGroupMamba(channels, scan_backend, fused_ops)
         self.norm = LayerNorm(channels, 1e-6, before_linear=True, fused_ops=fused_ops)
         self.fused_sums = 'add_layer_norm' in fused_ops
+        self.all_fused = set(fused_ops) == set(FUSED_OPS)
+        self.scan_backend = scan_backend
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -321,12 +328,56 @@ class Block(nn.Module):
         Returns:
             The stream, and what is left to be added.
         """
+        if self.training and self.all_fused:
+            weights = self._weights()
+            if weights is not None and trains_whole(x, weights, self.scan_backend):
+                return training_block(x, branch, self._keep(x), weights, self.mixer.norm.eps,
+                                      self.norm.eps)
         if branch is None:
             normed = self.mixer.norm(x)
         else:
             x, normed = self.mixer.norm.of_sum(branch, x)
         x, normed = self.norm.of_sum(self.drop_path(self.mixer.modulate(normed)), x)
         return x, self.drop_path(self.ffn(normed))
+
+    def _weights(self) -> Optional[BlockWeights]:
+        """For training as one function; None where a module inside is not as it is here (folded,
+        replaced, or with a hook), so that it has its say."""
+        mixer, ffn = self.mixer, self.ffn
+        ssm, affinity = mixer.ssm, mixer.affinity
+        linears = (ssm.in_proj, ssm.gate_proj, ssm.x_proj, ssm.out_proj, affinity.fc1,
+                   affinity.fc2, mixer.proj, ffn.fc1, ffn.fc2, ssm.dt_proj)
+        others = mixer.norm, ssm.conv, ssm.norm, self.norm, ffn.conv
+        for module in (mixer, ssm, affinity, ffn, *linears, *others):
+            if (type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks
+                    or module._backward_hooks or module._backward_pre_hooks):
+                return None
+        in_proj, gate_proj, x_proj, out_proj, squeeze, excite, proj, fc1, fc2, dt_proj = linears
+        norm, conv, group_norm, ffn_norm, ffn_conv = others
+        if norm.real is not None:
+            return None
+        return BlockWeights(
+            in_proj=in_proj.weight, gate_proj=gate_proj.weight, x_proj=x_proj.weight,
+            out_proj=out_proj.weight, squeeze=squeeze.weight, squeeze_bias=squeeze.bias,
+            excite=excite.weight, excite_bias=excite.bias, proj=proj.weight, proj_bias=proj.bias,
+            fc1=fc1.weight, fc1_bias=fc1.bias, fc2=fc2.weight, fc2_bias=fc2.bias,
+            norm=norm.weight, norm_bias=norm.bias, conv=conv.weight, conv_bias=conv.bias,
+            dt_proj=dt_proj.weight, dt_bias=ssm.dt_bias, A_log=ssm.A_log, D=ssm.D,
+            group_norm=group_norm.weight, group_norm_bias=group_norm.bias,
+            skip_scale=mixer.skip_scale, ffn_norm=ffn_norm.weight, ffn_norm_bias=ffn_norm.bias,
+            ffn_conv=ffn_conv.weight, ffn_conv_bias=ffn_conv.bias)
+
+    def _keep(self, x: Tensor) -> Optional[Tensor]:
+        """Stochastic depth's factors, (2, B, 1, 1, 1): 0 or what keeps the mean."""
+        dropped = getattr(self.drop_path, 'drop_prob', 0.)
+        if not dropped:
+            return None
+        factors = x.new_empty(2, len(x), 1, 1, 1, dtype=torch.float32)
+        return factors.bernoulli_(1 - dropped).div_(1 - dropped)
+
+
+_PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLinear, WideningLinear,
+          nn.Linear, LayerNorm, GatedLayerNorm, DepthwiseConv}
 
 
 class Stem(nn.Module):

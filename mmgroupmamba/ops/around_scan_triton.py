@@ -113,7 +113,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> 
         ValueError: float64 input.
     """
     _refuse_float64(x, weight, bias)
-    return _conv(_pitched(x), weight.contiguous(), bias.contiguous(), activation)
+    return CONV(_pitched(x), weight.contiguous(), bias.contiguous(), activation)
 
 
 @lru_cache(maxsize=None)
@@ -169,7 +169,7 @@ def _differentiate_conv(ctx, backward, grad):
     return dx, dweight.to(weight.dtype), sums[9].to(bias.dtype), None
 
 
-_conv = Operator('triton_depthwise_conv', _conv_forward, _conv_backward, _conv_forward_fake,
+CONV = Operator('triton_depthwise_conv', _conv_forward, _conv_backward, _conv_forward_fake,
                  _conv_backward_fake, _save_conv, _differentiate_conv)
 
 
@@ -229,7 +229,7 @@ def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps:
     """
     _refuse_float64(y, gate, weight, bias)
     y, weight, bias = (t.contiguous() for t in (y, weight, bias))
-    return _gate(y, _pitched(gate), weight, bias, eps, real)
+    return GATE(y, _pitched(gate), weight, bias, eps, real)
 
 
 def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -284,7 +284,7 @@ def _differentiate_gate(ctx, backward, grad):
     return dy, dgate, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None
 
 
-_gate = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_forward_fake,
+GATE = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_forward_fake,
                  _gate_backward_fake, _save_gate, _differentiate_gate)
 
 
@@ -296,7 +296,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: 
         ValueError: float64 input.
     """
     _refuse_float64(x, weight, bias)
-    return _norm(*(t.contiguous() for t in (x, weight, bias)), eps, norm_dtype, real)
+    return NORM(*(t.contiguous() for t in (x, weight, bias)), eps, norm_dtype, real)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -307,7 +307,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
         ValueError: float64 input.
     """
     _refuse_float64(x, residual, weight, bias)
-    return _add_norm(*(t.contiguous() for t in (x, residual, weight, bias)), eps, norm_dtype, real)
+    return ADD_NORM(*(t.contiguous() for t in (x, residual, weight, bias)), eps, norm_dtype, real)
 
 
 def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor,
@@ -375,7 +375,7 @@ def _differentiate_norm(ctx, backward, grad):
     return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None
 
 
-_norm = Operator('triton_layer_norm', _norm_forward, _norm_backward, _norm_forward_fake,
+NORM = Operator('triton_layer_norm', _norm_forward, _norm_backward, _norm_forward_fake,
                  _norm_backward_fake, _save_norm, _differentiate_norm)
 
 
@@ -420,7 +420,7 @@ def _differentiate_add_norm(ctx, backward, grad_total, grad):
     return dx.to(of_x), dx.to(of_residual), dweight, dbias, None, None, None
 
 
-_add_norm = Operator('triton_add_layer_norm', _add_norm_forward, _add_norm_backward,
+ADD_NORM = Operator('triton_add_layer_norm', _add_norm_forward, _add_norm_backward,
                      _add_norm_forward_fake, _add_norm_backward_fake, _save_add_norm,
                      _differentiate_add_norm)
 
@@ -434,7 +434,7 @@ def modulate_layer_norm(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bi
     """
     _refuse_float64(y, x, factor, weight, bias)
     tensors = (t.contiguous() for t in (y, x, factor, weight, bias))
-    return _modulate(*tensors, eps, norm_dtype, real)
+    return MODULATE(*tensors, eps, norm_dtype, real)
 
 
 def _image_sizes(x: Tensor) -> tuple[NormTile, int, int, int]:
@@ -498,6 +498,6 @@ def _differentiate_modulate(ctx, backward, grad):
             dbias.to(ctx.bias_dtype), None, None, None)
 
 
-_modulate = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_backward,
+MODULATE = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_backward,
                      _modulate_forward_fake, _modulate_backward_fake, _save_modulate,
                      _differentiate_modulate)

@@ -5,6 +5,7 @@ The definition lays each group out as a sequence along its direction and calls
 memory, has a function ``directional_scan`` besides ``scan``.
 """
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .directions import DIRECTIONS, from_sequences, to_sequences
+from .operator import traced
 from .precision import cast, linear_dtype, without_autocast
 from .selective_scan import backend_module, resolve_backend
 
@@ -22,7 +24,7 @@ _GROUPS = len(DIRECTIONS)
 def directional_scan(x: Tensor,
                      x_dbl: Tensor,
                      dt_weight: Tensor,
-                     A: Tensor,
+                     A_log: Tensor,
                      D: Tensor,
                      dt_bias: Tensor,
                      backend: str = 'auto',
@@ -31,15 +33,15 @@ def directional_scan(x: Tensor,
 
     With :math:`(r_t, B_t, C_t)` the R + 2N values of ``x_dbl`` at token t of a group and
     :math:`\Delta_t = \mathrm{softplus}(W r_t + \mathrm{bias})`, each group is the scan of
-    :func:`~.selective_scan` (GroupMamba, equations 1 to 4; ``cross_selective_scan`` in the official
-    ``classification/models/ss2d.py``). Step and scan are float32 inside, float64 for float64 input,
-    whatever autocast says.
+    :func:`~.selective_scan` with :math:`A = -\exp(A_{log})` (GroupMamba, equations 1 to 4;
+    ``cross_selective_scan`` in the official ``classification/models/ss2d.py``). Step and scan are
+    float32 inside, float64 for float64 input, whatever autocast says.
 
     Args:
         x: Map (batch, H, W, 4, d), floating.
         x_dbl: Step, B and C of each token and group, (batch, H, W, 4, R + 2N).
         dt_weight: W, (4, d, R).
-        A: State matrix, negative in practice, (4 * d, N).
+        A_log: Of the state matrix, as Mamba keeps it, (4 * d, N).
         D: Skip, (4 * d,).
         dt_bias: (4 * d,).
         backend: As in :func:`~.selective_scan`.
@@ -52,18 +54,18 @@ def directional_scan(x: Tensor,
         ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
         BackendUnavailableError: The backend asked for by name cannot run on this device.
     """
-    _check(x, x_dbl, dt_weight, A, D, dt_bias)
+    _check(x, x_dbl, dt_weight, A_log, D, dt_bias)
     out_dtype = out_dtype or torch.promote_types(x.dtype, torch.float32)
     if x.shape[1:3] == (1, 1) and not torch.is_grad_enabled():
         return one_token(x, x_dbl, dt_weight, D, dt_bias).to(out_dtype)
     module = backend_module(resolve_backend(backend, x.device.type, x.dtype))
     own = getattr(module, 'directional_scan', None)
     if own is not None:
-        return own(x, x_dbl, dt_weight, A, D, dt_bias, out_dtype)
-    return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, module.scan).to(out_dtype)
+        return own(x, x_dbl, dt_weight, A_log, D, dt_bias, out_dtype)
+    return over_sequences(x, x_dbl, dt_weight, A_log, D, dt_bias, module.scan).to(out_dtype)
 
 
-def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
                    dt_bias: Tensor, scan: Callable[..., Tensor]) -> Tensor:
     """The definition: unroll, project the step, scan, roll back; shapes as at the door.
 
@@ -71,17 +73,18 @@ def over_sequences(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Te
         scan: As a backend's, (u, delta, A, B, C, D, delta_bias, delta_softplus) -> y.
     """
     height, width = x.shape[1:3]
-    states, rank = A.shape[1], dt_weight.shape[2]
+    states, rank = A_log.shape[1], dt_weight.shape[2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device.type):
-        x, x_dbl, dt_weight, A, D, dt_bias = cast(dtype, x, x_dbl, dt_weight, A, D, dt_bias)
+        x, x_dbl, dt_weight, A_log, D, dt_bias = cast(
+            dtype, x, x_dbl, dt_weight, A_log, D, dt_bias)
         u = to_sequences(x).flatten(2)  # (batch, L, C)
         dt, B, C = to_sequences(x_dbl).split([rank, states, states], dim=-1)
         delta = grouped_linear(dt.flatten(2), dt_weight, dt_bias)
         y = scan(
             u.transpose(1, 2),  # (batch, C, L)
             delta.transpose(1, 2),
-            A,
+            -torch.exp(A_log),
             B.permute(0, 2, 3, 1),  # (batch, 4, N, L)
             C.permute(0, 2, 3, 1),
             D,
@@ -129,14 +132,21 @@ def block_diagonal(weight: Tensor, dtype: Optional[torch.dtype] = None) -> Tenso
     return _BlockDiagonal.apply(weight, dtype or weight.dtype)
 
 
+@lru_cache(maxsize=16)
+def _eye(groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(groups, dtype=dtype, device=device).view(groups, 1, groups, 1)
+
+
 class _BlockDiagonal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
         groups, outputs, inputs = weight.shape
-        blocks = weight.new_zeros(groups, outputs, groups, inputs, dtype=dtype)
-        blocks.diagonal(dim1=0, dim2=2).copy_(weight.permute(1, 2, 0))
+        eye = _eye.__wrapped__ if traced() else _eye
+        blocks = weight.new_empty(groups, outputs, groups, inputs, dtype=dtype)
+        torch.mul(weight[:, :, None], eye(groups, weight.dtype, weight.device), out=blocks)
         return blocks.view(groups * outputs, groups * inputs)
 
     @staticmethod
@@ -147,20 +157,20 @@ class _BlockDiagonal(torch.autograd.Function):
         return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).to(ctx.dtype), None
 
 
-def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
            dt_bias: Tensor) -> None:
     if x.dim() != 5 or x.shape[3] != _GROUPS or 0 in x.shape:
         raise ValueError('directional_scan: x must be (batch, H, W, 4, d) and not empty, got '
                          f'{tuple(x.shape)}')
-    if dt_weight.dim() != 3 or A.dim() != 2:
-        raise ValueError('directional_scan: dt_weight must be (4, d, R) and A (4 * d, N), got '
-                         f'{tuple(dt_weight.shape)} and {tuple(A.shape)}')
+    if dt_weight.dim() != 3 or A_log.dim() != 2:
+        raise ValueError('directional_scan: dt_weight must be (4, d, R) and A_log (4 * d, N), got '
+                         f'{tuple(dt_weight.shape)} and {tuple(A_log.shape)}')
     channels = _GROUPS * x.shape[4]
-    rank, states = dt_weight.shape[2], A.shape[1]
+    rank, states = dt_weight.shape[2], A_log.shape[1]
     expected = dict(
         x_dbl=(x_dbl, (*x.shape[:4], rank + 2 * states)),
         dt_weight=(dt_weight, (_GROUPS, x.shape[4], rank)),
-        A=(A, (channels, states)),
+        A_log=(A_log, (channels, states)),
         D=(D, (channels, )),
         dt_bias=(dt_bias, (channels, )))
     for name, (tensor, shape) in expected.items():

@@ -9,6 +9,12 @@ from torch.autograd.function import once_differentiable
 _NAMESPACE = 'mmgroupmamba'
 
 
+def traced() -> bool:
+    """Whether somebody looks at the operators themselves: torch.compile, fake tensors, or a mode
+    such as a counter of FLOPs."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class Operator:
     """A differentiable operator that either caller enters by the door that suits it.
 
@@ -46,8 +52,7 @@ class Operator:
             lambda ctx, *grads: differentiate(ctx, self.backward_op, *grads), setup_context=save)
 
     def __call__(self, *inputs: Any) -> Any:
-        # of fake tensors and of modes that look at operators, such as a counter of FLOPs, likewise
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if traced():
             return self.op(*inputs)
         if torch.is_grad_enabled() and any(
                 isinstance(t, Tensor) and t.requires_grad for t in inputs):

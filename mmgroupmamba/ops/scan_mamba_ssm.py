@@ -66,7 +66,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     return y.to(u.dtype)
 
 
-def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
                      dt_bias: Tensor, out_dtype: torch.dtype) -> Tensor:
     """See :func:`mmgroupmamba.ops.directional_scan`: the sequences are written as the kernel reads
     them, each once, and so is the map.
@@ -77,7 +77,7 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
     if x.dtype == torch.float64:
         raise ValueError("mamba-ssm's kernel has no float64: use backend='blocked'")
     height, width = x.shape[1:3]
-    states, rank = A.shape[1], dt_weight.shape[2]
+    states, rank = A_log.shape[1], dt_weight.shape[2]
     with without_autocast(x.device.type):
         order, inverse, *_ = scan_orders(height, width, x.device)
         u = _Reorder.apply(x.flatten(1, 2), order, inverse, _BATCH_FIRST, False)
@@ -88,7 +88,7 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
         y = scan(
             u.float().flatten(1, 2),  # (batch, C, L)
             delta.permute(2, 0, 1, 3).flatten(1, 2),
-            A,
+            -torch.exp(A_log.float()),
             B.permute(2, 0, 1, 3),  # (batch, 4, N, L)
             C.permute(2, 0, 1, 3),
             D,

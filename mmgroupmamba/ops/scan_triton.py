@@ -19,8 +19,8 @@ from .directions import DIRECTIONS
 from .operator import Operator
 
 _TRITON = (3, 6)  # what the kernels are tested with; tuples of tensors came after 3.1
-_MAX_STATES = 4  # states in registers at once; more are scanned in slices
-_MAX_RANK = 8  # of a map's step, likewise; more are projected by torch
+MAX_STATES = 4  # states in registers at once; more are scanned in slices
+MAX_RANK = 8  # of a map's step, likewise; more are projected by torch
 _LANES = 128  # of a tile: 4 warps, one (chunk, channel) a thread
 _MANY_LANES = 2**16  # where long chunks still fill a large GPU
 
@@ -91,18 +91,18 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     D, delta_bias = (t if t is None else t.float() for t in (D, delta_bias))
     delta, B, C = (t.float() if t.dtype == torch.float64 else t for t in (delta, B, C))
     states = A.shape[1]
-    if states <= _MAX_STATES:
+    if states <= MAX_STATES:
         return _scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     # y is a sum over the states
     y = 0
-    for first in range(0, states, _MAX_STATES):
-        some = slice(first, first + _MAX_STATES)
+    for first in range(0, states, MAX_STATES):
+        some = slice(first, first + MAX_STATES)
         y = y + _scan(u.float(), delta, A[:, some], B[:, :, some], C[:, :, some],
                       D if first == 0 else None, delta_bias, delta_softplus)
     return y.to(u.dtype)
 
 
-def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
                      dt_bias: Tensor, out_dtype: torch.dtype) -> Tensor:
     """See :func:`mmgroupmamba.ops.directional_scan`. Map and step are read and written where they
     lie, and the step is never stored; a layout in which H and W are not one dimension is copied.
@@ -112,13 +112,13 @@ def directional_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: 
         ValueError: float64 input.
     """
     _refuse_float64(x)
-    if A.shape[1] > _MAX_STATES or dt_weight.shape[2] > _MAX_RANK:
-        return over_sequences(x, x_dbl, dt_weight, A, D, dt_bias, scan).to(out_dtype)
+    if A_log.shape[1] > MAX_STATES or dt_weight.shape[2] > MAX_RANK:
+        return over_sequences(x, x_dbl, dt_weight, A_log, D, dt_bias, scan).to(out_dtype)
     if x_dbl.dtype == torch.float64:
         x_dbl = x_dbl.float()
-    dt_weight, A, D, dt_bias = (t.float() for t in (dt_weight, A, D, dt_bias))
-    keep = _differentiates(x, x_dbl, dt_weight, A, D, dt_bias)
-    y, _ = _maps(x, x_dbl, dt_weight, A, D, dt_bias, keep, out_dtype)
+    dt_weight, A_log, D, dt_bias = (t.float() for t in (dt_weight, A_log, D, dt_bias))
+    keep = _differentiates(x, x_dbl, dt_weight, A_log, D, dt_bias)
+    y, _ = MAPS(x, x_dbl, dt_weight, A_log, D, dt_bias, keep, out_dtype)
     return y
 
 
@@ -133,7 +133,7 @@ def _differentiates(*tensors: Optional[Tensor]) -> bool:
 
 def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     keep = _differentiates(u, delta, A, B, C, D, delta_bias)
-    y, _ = _sequences(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)
+    y, _ = SEQUENCES(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)
     return y
 
 
@@ -188,10 +188,10 @@ def _plan_sequences(u: Tensor, B: Tensor, softplus: bool) -> _Plan:
     return _plan(batch, groups, channels // groups, states, length, softplus)
 
 
-def _plan_maps(x: Tensor, dt_weight: Tensor, A: Tensor) -> _Plan:
-    """For x (batch, H, W, 4, d), dt_weight (4, d, R) and A (channels, N)."""
+def _plan_maps(x: Tensor, dt_weight: Tensor, A_log: Tensor) -> _Plan:
+    """For x (batch, H, W, 4, d), dt_weight (4, d, R) and A_log (channels, N)."""
     batch, height, width, groups, dim = x.shape
-    return _plan(batch, groups, dim, A.shape[1], width, True, height, dt_weight.shape[2])
+    return _plan(batch, groups, dim, A_log.shape[1], width, True, height, dt_weight.shape[2])
 
 
 class _Operand(NamedTuple):
@@ -256,7 +256,7 @@ def _launch_backward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight
     """Fill dx, ddelta if the step is given, and drows.
 
     Returns:
-        Gradients of A, D, bias and weight, (N + 1 + 1 + R, channels).
+        Gradients of A (of a map, log(-A)), D, bias and weight, (N + 1 + 1 + R, channels).
     """
     channels, states = A.shape
     sums = A.new_empty(x.tensor.shape[0], plan.chunks // plan.tile.CHUNKS,
@@ -274,7 +274,7 @@ def _sums_fake(A: Tensor, rank: int) -> Tensor:
     return A.new_empty(A.shape[1] + 2 + rank, A.shape[0])
 
 
-def _of_sums(sums: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def of_sums(sums: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of A (channels, N), D, bias (channels,) and weight (channels, R)."""
     return sums[:states].t(), sums[states], sums[states + 1], sums[states + 2:].t()
 
@@ -329,7 +329,7 @@ def _forward_fake(u, delta, A, B, C, D, bias, softplus, keep):
 def _backward(grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               D: Optional[Tensor], bias: Optional[Tensor], entry: Tensor, softplus: bool
               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, B beside C (batch, L, G, 2N), and of A, D and bias as _of_sums takes
+    """Gradients of u, delta, B beside C (batch, L, G, 2N), and of A, D and bias as of_sums takes
     them."""
     plan, groups = _plan_sequences(u, B, softplus), B.shape[1]
     A, D, bias = _contiguous(A, D, bias)
@@ -359,46 +359,47 @@ def _differentiate(ctx, backward, grad, _):
     _, _, A, B, C, D, bias = tensors
     du, ddelta, drows, sums = backward(grad, *tensors, entry, ctx.softplus)
     dB, dC = (t.permute(0, 2, 3, 1) for t in drows.chunk(2, -1))
-    dA, dD, dbias, _ = _of_sums(sums, A.shape[1])
+    dA, dD, dbias, _ = of_sums(sums, A.shape[1])
     return (du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), None if D is None else dD,
             None if bias is None else dbias, None, None)
 
 
-_sequences = Operator('triton_scan', _forward, _backward, _forward_fake, _backward_fake, _save,
+SEQUENCES = Operator('triton_scan', _forward, _backward, _forward_fake, _backward_fake, _save,
                       _differentiate)
 
 
-def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor, bias: Tensor,
-                 keep: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
+                 bias: Tensor, keep: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """y (batch, H, W, 4, d), and the states that the backward starts from (none unless keep)."""
-    plan = _plan_maps(x, dt_weight, A)
-    dt_weight, A, D, bias = _contiguous(dt_weight, A, D, bias)
+    plan = _plan_maps(x, dt_weight, A_log)
+    dt_weight, A_log, D, bias = _contiguous(dt_weight, A_log, D, bias)
     y = x.new_empty(x.shape, dtype=out_dtype)
-    entry = _kept_states(plan, x, A, keep)
-    _launch_forward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A, D, bias, y,
+    entry = _kept_states(plan, x, A_log, keep)
+    _launch_forward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A_log, D, bias, y,
                     entry if keep else None)
     return y, entry
 
 
-def _map_forward_fake(x, x_dbl, dt_weight, A, D, bias, keep, out_dtype):
+def _map_forward_fake(x, x_dbl, dt_weight, A_log, D, bias, keep, out_dtype):
     return (x.new_empty(x.shape, dtype=out_dtype),
-            _kept_states(_plan_maps(x, dt_weight, A), x, A, keep))
+            _kept_states(_plan_maps(x, dt_weight, A_log), x, A_log, keep))
 
 
-def _map_backward(grad: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                  bias: Tensor, entry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of x_dbl, and of the others as _of_sums takes them."""
-    plan = _plan_maps(x, dt_weight, A)
-    dt_weight, A, D, bias = _contiguous(dt_weight, A, D, bias)
+def _map_backward(grad: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor,
+                  D: Tensor, bias: Tensor, entry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of x_dbl, and of the others as of_sums takes them."""
+    plan = _plan_maps(x, dt_weight, A_log)
+    dt_weight, A_log, D, bias = _contiguous(dt_weight, A_log, D, bias)
     drows = _empty_drows(plan, x_dbl)
     dx = x.new_empty(x.shape)
-    sums = _launch_backward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A, D, bias,
+    sums = _launch_backward(plan, _by_cells(x), None, dt_weight, _by_cells(x_dbl), A_log, D, bias,
                             _by_cells(grad), entry, dx, None, drows)
     return dx, _summed(drows, x_dbl.dtype).view(x_dbl.shape), sums
 
 
-def _map_backward_fake(grad, x, x_dbl, dt_weight, A, D, bias, entry):
-    return x.new_empty(x.shape), x_dbl.new_empty(x_dbl.shape), _sums_fake(A, dt_weight.shape[2])
+def _map_backward_fake(grad, x, x_dbl, dt_weight, A_log, D, bias, entry):
+    return (x.new_empty(x.shape), x_dbl.new_empty(x_dbl.shape),
+            _sums_fake(A_log, dt_weight.shape[2]))
 
 
 def _save_map(ctx, inputs, output):
@@ -409,11 +410,11 @@ def _save_map(ctx, inputs, output):
 
 def _differentiate_map(ctx, backward, grad, _):
     saved = ctx.saved_tensors  # once: recomputed blocks unpack nothing twice
-    dt_weight, A = saved[2:4]
+    dt_weight, A_log = saved[2:4]
     dx, dx_dbl, sums = backward(grad, *saved)
-    dA, dD, dbias, dweight = _of_sums(sums, A.shape[1])
+    dA, dD, dbias, dweight = of_sums(sums, A_log.shape[1])
     return dx, dx_dbl, dweight.reshape(dt_weight.shape), dA, dD, dbias, None, None
 
 
-_maps = Operator('triton_directional_scan', _map_forward, _map_backward, _map_forward_fake,
+MAPS = Operator('triton_directional_scan', _map_forward, _map_backward, _map_forward_fake,
                  _map_backward_fake, _save_map, _differentiate_map)

@@ -17,8 +17,9 @@ loads value i, and ``_value`` shows it to all of them, so CHANNELS is no less th
 
 The kernels serve two doors. Of a sequence (COLUMNS = BACKWARD = RANK = 0, height 1) token t is
 cell t of the memory, and `delta` is the step of each channel. Of a map, ``_cells`` says in which
-cell h * W + w token t of a group is, and `weight` (channels, RANK) times r is the step. Everything
-is read and written at its cell: no order but the memory's exists outside the registers.
+cell h * W + w token t of a group is, `weight` (channels, RANK) times r is the step, and A comes as
+log(-A). Everything is read and written at its cell: no order but the memory's exists outside the
+registers.
 
 Tokens are loaded STEP at a time ahead of their use, so the loads are in flight together. N, RANK,
 T, STEP, CHUNKS and CHANNELS are compile-time constants from a small set; sizes are run-time
@@ -120,11 +121,14 @@ def _columns(matrix, channel, valid, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _rates(A, channel, valid, N: tl.constexpr):
+def _rates(A, channel, valid, N: tl.constexpr, RANK: tl.constexpr):
     """A's columns, for powers of two instead of e: one instruction each, where exp takes five."""
     rates = ()
     for n in tl.static_range(N):
-        rates += (tl.load(A + channel * N + n, valid, other=0.) * 1.442695041, )
+        rate = tl.load(A + channel * N + n, valid, other=0.)
+        if RANK > 0:
+            rate = -tl.exp(rate)
+        rates += (rate * 1.442695041, )
     return rates
 
 
@@ -205,7 +209,7 @@ def summary_kernel(
     if bias is not None:
         shift = tl.load(bias + channel, valid, other=0.)
     weights = _columns(weight, channel, valid, RANK)
-    rates = _rates(A, channel, valid, N)
+    rates = _rates(A, channel, valid, N, RANK)
     a = ()
     h = ()
     for _ in tl.static_range(N):
@@ -286,7 +290,7 @@ def forward_kernel(
     if D is not None:
         skip = tl.load(D + channel, valid, other=0.)
     weights = _columns(weight, channel, valid, RANK)
-    rates = _rates(A, channel, valid, N)
+    rates = _rates(A, channel, valid, N, RANK)
     h = ()
     for n in tl.static_range(N):
         h += (_entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
@@ -368,7 +372,7 @@ def backward_kernel(
     if D is not None:
         skip = tl.load(D + channel, valid, other=0.)
     weights = _columns(weight, channel, valid, RANK)
-    rates = _rates(A, channel, valid, N)
+    rates = _rates(A, channel, valid, N, RANK)
     r = ()
     dA = ()
     for n in tl.static_range(N):
@@ -457,7 +461,10 @@ def backward_kernel(
 
     sums += (batch * (chunks // CHUNKS) + tile) * (N + 2 + RANK) * channels + channel
     for n in tl.static_range(N):
-        tl.store(sums + n * channels, tl.sum(dA[n], 0)[None, :], valid)
+        of_A = tl.sum(dA[n], 0)[None, :]
+        if RANK > 0:  # of log(-A)
+            of_A *= rates[n] * 0.6931471806
+        tl.store(sums + n * channels, of_A, valid)
     tl.store(sums + N * channels, tl.sum(dD, 0)[None, :], valid)
     tl.store(sums + (N + 1) * channels, tl.sum(dbias, 0)[None, :], valid)
     for k in tl.static_range(RANK):

@@ -454,40 +454,40 @@ def check_operator(operator, *args, autograd):
 @runs
 def test_norms_operators_are_what_torch_library_is_told():
     inputs = [v.float().requires_grad_() for v in gate_inputs(1, 2).values()]
-    check_operator(around_scan_triton._gate.op, *inputs, 1e-5, None, autograd=True)
+    check_operator(around_scan_triton.GATE.op, *inputs, 1e-5, None, autograd=True)
     y, gate, weight, bias = (v.detach() for v in inputs)
-    check_operator(around_scan_triton._gate.backward_op, gate, y, gate, weight, bias, 1e-5, None,
+    check_operator(around_scan_triton.GATE.backward_op, gate, y, gate, weight, bias, 1e-5, None,
                    autograd=False)
     inputs = [v.float().requires_grad_() for v in norm_inputs(1, 2).values()]
-    check_operator(around_scan_triton._add_norm.op, *inputs, 1e-5, torch.bfloat16,
+    check_operator(around_scan_triton.ADD_NORM.op, *inputs, 1e-5, torch.bfloat16,
                    None, autograd=True)
     x, total, weight, _ = (v.detach() for v in inputs)
     plain = inputs[0], *inputs[2:]
-    check_operator(around_scan_triton._norm.op, *plain, 1e-5, torch.bfloat16, None,
+    check_operator(around_scan_triton.NORM.op, *plain, 1e-5, torch.bfloat16, None,
                    autograd=True)
-    check_operator(around_scan_triton._norm.backward_op, x, total, weight, 1e-5, None,
+    check_operator(around_scan_triton.NORM.backward_op, x, total, weight, 1e-5, None,
                    autograd=False)
     for grad_total in (None, x):
-        check_operator(around_scan_triton._add_norm.backward_op, grad_total, x, total, weight, 1e-5,
+        check_operator(around_scan_triton.ADD_NORM.backward_op, grad_total, x, total, weight, 1e-5,
                        None, autograd=False)
 
 
 @runs
 def test_modulation_operators_are_what_torch_library_is_told():
     inputs = [v.float().requires_grad_() for v in modulate_inputs(2, 2).values()]
-    check_operator(around_scan_triton._modulate.op, *inputs, 1e-5, torch.bfloat16, None,
+    check_operator(around_scan_triton.MODULATE.op, *inputs, 1e-5, torch.bfloat16, None,
                    autograd=True)
     y, x, factor, weight, _ = (v.detach() for v in inputs)
-    check_operator(around_scan_triton._modulate.backward_op, y, y, x, factor, weight, 1e-5, None,
+    check_operator(around_scan_triton.MODULATE.backward_op, y, y, x, factor, weight, 1e-5, None,
                    autograd=False)
 
 
 @runs
 def test_conv_operators_are_what_torch_library_is_told():
     x, weight, bias = (v.float().requires_grad_() for v in conv_inputs(1, 2).values())
-    check_operator(around_scan_triton._conv.op, x, weight, bias, 'gelu', autograd=True)
+    check_operator(around_scan_triton.CONV.op, x, weight, bias, 'gelu', autograd=True)
     x, weight, bias = (v.detach() for v in (x, weight, bias))
-    check_operator(around_scan_triton._conv.backward_op, x, x, weight, bias, 'gelu', autograd=False)
+    check_operator(around_scan_triton.CONV.backward_op, x, x, weight, bias, 'gelu', autograd=False)
 
 
 @runs

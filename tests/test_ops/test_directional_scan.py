@@ -6,7 +6,7 @@ from test_selective_scan import DEVICE, FAST, relative
 
 from mmgroupmamba.ops import DIRECTIONS, directional_scan, selective_scan
 
-NAMES = ('x', 'x_dbl', 'dt_weight', 'A', 'D', 'dt_bias')
+NAMES = ('x', 'x_dbl', 'dt_weight', 'A_log', 'D', 'dt_bias')
 
 
 def make_inputs(batch=2, height=3, width=5, dim=6, rank=2, states=1, dtype=torch.float32, seed=0):
@@ -19,16 +19,17 @@ def make_inputs(batch=2, height=3, width=5, dim=6, rank=2, states=1, dtype=torch
         x=randn(batch, height, width, 4, dim),
         x_dbl=randn(batch, height, width, 4, rank + 2 * states),
         dt_weight=randn(4, dim, rank),
-        A=-torch.exp(randn(4 * dim, states)),
+        A_log=randn(4 * dim, states),
         D=randn(4 * dim),
         dt_bias=randn(4 * dim) - 1)
     return {k: v.to(DEVICE, dtype).requires_grad_() for k, v in inputs.items()}
 
 
-def by_cells(x, x_dbl, dt_weight, A, D, dt_bias):
+def by_cells(x, x_dbl, dt_weight, A_log, D, dt_bias):
     """Token after token, as a person would walk the map."""
     height, width, _, dim = x.shape[1:]
-    rank, states = dt_weight.shape[2], A.shape[1]
+    rank, states = dt_weight.shape[2], A_log.shape[1]
+    A = -A_log.exp()
     y = torch.zeros_like(x)
     for g, direction in enumerate(DIRECTIONS):
         own = slice(g * dim, (g + 1) * dim)
@@ -131,7 +132,8 @@ def test_parts_of_larger_maps(backend):
 @pytest.mark.parametrize('name, shape', [
     ('x', (2, 3, 5, 24)), ('x', (2, 3, 5, 3, 6)), ('x', (2, 0, 5, 4, 6)),
     ('x_dbl', (2, 3, 5, 4, 5)), ('x_dbl', (2, 5, 3, 4, 4)), ('dt_weight', (4, 2, 6)),
-    ('dt_weight', (24, 2)), ('A', (24, )), ('A', (24, 2)), ('D', (6, )), ('dt_bias', (24, 1)),
+    ('dt_weight', (24, 2)), ('A_log', (24, )), ('A_log', (24, 2)), ('D', (6, )),
+    ('dt_bias', (24, 1)),
 ])
 def test_wrong_shape_is_named(name, shape):
     inputs = make_inputs()

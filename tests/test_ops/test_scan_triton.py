@@ -21,8 +21,7 @@ compiles = pytest.mark.skipif(why_not('cuda') is not None or 'TRITON_INTERPRET' 
                               reason='no Triton, or interpreted')
 
 
-@pytest.fixture(autouse=True)
-def small_tile(monkeypatch):
+def small_tiles(monkeypatch):
     """For the interpreter: it runs operation by operation, and a tile's scan lane by lane."""
 
     def tile_sizes(batch, groups, dim, *_):
@@ -31,6 +30,11 @@ def small_tile(monkeypatch):
     if DEVICE == 'cpu':
         monkeypatch.setattr(scan_triton, 'tile_sizes', tile_sizes)
         monkeypatch.setattr(scan_triton, '_tiles_at_once', lambda *_: 4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    small_tiles(monkeypatch)
 
 
 @pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
@@ -85,7 +89,7 @@ def test_equals_reference(length, dim, states, groups, absent, softplus, channel
 
 @runs
 def test_many_states_go_in_slices(monkeypatch):
-    monkeypatch.setattr(scan_triton, '_MAX_STATES', 2)
+    monkeypatch.setattr(scan_triton, 'MAX_STATES', 2)
     check(make_inputs(1, 1, 5, 9, 3))
 
 
@@ -165,7 +169,7 @@ def test_no_graph_break():
 @runs
 def test_the_operators_are_what_torch_library_is_told():
     args = tuple(make_inputs(1, 1, 3, 9).values())
-    torch.library.opcheck(scan_triton._sequences.op, (*args, True, True),
+    torch.library.opcheck(scan_triton.SEQUENCES.op, (*args, True, True),
                           test_utils=('test_schema', 'test_autograd_registration',
                                       'test_faketensor'))
 
@@ -191,7 +195,7 @@ def test_maps_equal_the_definition(batch, height, width, dim, rank, states):
 
 
 @runs
-@pytest.mark.parametrize('limit, rank, states', [('_MAX_STATES', 1, 2), ('_MAX_RANK', 2, 1)])
+@pytest.mark.parametrize('limit, rank, states', [('MAX_STATES', 1, 2), ('MAX_RANK', 2, 1)])
 def test_maps_beyond_the_limits_are_laid_out(monkeypatch, limit, rank, states):
     monkeypatch.setattr(scan_triton, limit, 1)
     check_maps(make_maps(1, 2, 3, 3, rank, states), 'triton')
@@ -268,12 +272,12 @@ def test_no_graph_break_with_a_map():
 @runs
 def test_the_operators_of_maps_are_what_torch_library_is_told():
     args = tuple(make_maps(1, 2, 3, 3).values())
-    torch.library.opcheck(scan_triton._maps.op, (*args, True, torch.float32),
+    torch.library.opcheck(scan_triton.MAPS.op, (*args, True, torch.float32),
                           test_utils=('test_schema', 'test_autograd_registration',
                                       'test_faketensor'))
     args = [t.detach() for t in args]
     y, entry = scan_triton._map_forward(*args, True, torch.float32)
-    torch.library.opcheck(scan_triton._maps.backward_op, (y, *args, entry),
+    torch.library.opcheck(scan_triton.MAPS.backward_op, (y, *args, entry),
                           test_utils=('test_schema', 'test_faketensor'))
 
 

@@ -1,0 +1,211 @@
+"""The block that trains as one function against its modules, outputs and every gradient.
+
+On a machine without a GPU, its tests are run by one subprocess in Triton's interpreter.
+"""
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+from test_around_scan import randn
+from test_scan_triton import passed_in_the_interpreter, runs, small_tiles
+from test_selective_scan import DEVICE, relative
+from torch.utils.checkpoint import checkpoint
+
+from mmgroupmamba.models import layers
+from mmgroupmamba.models.layers import Block
+from mmgroupmamba.ops import FUSED_OPS, block_diagonal, training_block
+from mmgroupmamba.ops.scan_triton import why_not
+from mmgroupmamba.ops.training_block import _places
+
+CHANNELS = 20
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    small_tiles(monkeypatch)
+
+
+@pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
+                    reason='the kernels run in this process, or there is no Triton')
+def test_in_the_interpreter():
+    assert passed_in_the_interpreter(__file__) > 4
+
+
+class Factors(nn.Module):
+    """Stands for stochastic depth: gives each branch its factors in turn."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors, self.calls = factors, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.factors[(self.calls - 1) % 2].to(x.dtype)
+
+
+def make_blocks(depth=2):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Block(CHANNELS, 1.5, scan_backend='triton', fused_ops=FUSED_OPS)
+                           for _ in range(depth))
+    blocks.apply(layers.init_weights)
+    with torch.no_grad():
+        for p in blocks.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return blocks.to(DEVICE)
+
+
+def plainly(blocks):
+    """The same in float64, of plain modules."""
+    plain = nn.ModuleList(Block(CHANNELS, 1.5, scan_backend='reference') for _ in blocks)
+    plain.load_state_dict(blocks.state_dict())
+    for ours, theirs in zip(blocks, plain):
+        theirs.drop_path = deepcopy(ours.drop_path)
+    return plain.double().to(DEVICE)
+
+
+def run(blocks, x, amp=False):
+    """Output, and gradients by name; the first block gets one map, the others two."""
+    x = x.detach().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
+        maps = (x, )
+        for block in blocks:
+            maps = block(*maps)
+            maps = maps if isinstance(maps, tuple) else (maps, )
+        y = sum(maps)
+    cotangent = torch.cos(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
+    grads = torch.autograd.grad(y, [x, *blocks.parameters()], cotangent)
+    return y, dict(zip(['x', *(name for name, _ in blocks.named_parameters())], grads))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a block was one function."""
+    counted = []
+    monkeypatch.setattr(layers, 'training_block',
+                        lambda *args: counted.append(1) or training_block(*args))
+    return counted
+
+
+def check(blocks, x):
+    y, grads = run(blocks, x)
+    want, want_grads = run(plainly(blocks), x.double())
+    assert relative(y, want) < 2e-6
+    for name, got in grads.items():
+        assert got.dtype == torch.float32 and got.shape == want_grads[name].shape
+        if 'skip_scale' not in name:  # noise: the norm behind it takes the scale away
+            assert relative(got, want_grads[name]) < 1e-5, name
+
+
+@runs
+def test_is_the_block(calls):
+    check(make_blocks(), randn(2, 1, 3, CHANNELS).float())
+    assert len(calls) == 2
+
+
+@runs
+def test_as_exact_as_the_modules_under_autocast(calls):
+    blocks, x = make_blocks(1), randn(2, 2, 2, CHANNELS).float()
+    want, want_grads = run(plainly(blocks), x.double())
+    y, grads = run(blocks, x, amp=True)
+    assert len(calls) == 1
+    blocks[0].all_fused = False
+    y_modules, modules_grads = run(blocks, x, amp=True)
+    assert len(calls) == 1 and y.dtype == y_modules.dtype
+    assert relative(y, want) < 1.1 * relative(y_modules, want)
+    for name, got in grads.items():
+        if 'skip_scale' not in name:
+            error, other = (relative(g, want_grads[name]) for g in (got, modules_grads[name]))
+            assert got.dtype == torch.float32 and error < 1.5 * other + 2**-8, name
+
+
+@runs
+def test_stochastic_depth(calls, monkeypatch):
+    blocks = make_blocks(1)
+    factors = torch.tensor([[0., 1.25], [1.25, 0.]], device=DEVICE).view(2, 2, 1, 1, 1)
+    blocks[0].drop_path = Factors(factors)
+    monkeypatch.setattr(Block, '_keep', lambda self, x: factors)
+    check(blocks, randn(2, 1, 2, CHANNELS).float())
+    assert len(calls) == 1
+
+
+@runs
+def test_same_bits_again_and_recomputed(calls):
+    blocks, x = make_blocks(1), randn(1, 2, 2, CHANNELS).float()
+    first, grads = run(blocks, x)
+    forward = blocks[0].forward
+    blocks[0].forward = partial(checkpoint, forward, use_reentrant=False)
+    second, again = run(blocks, x)
+    assert len(calls) == 3
+    for one, other in zip((first, *grads.values()), (second, *again.values())):
+        assert torch.equal(one, other)
+
+
+@runs
+def test_frozen_weights_and_input_get_none(calls):
+    block = make_blocks(1)[0]
+    block.mixer.requires_grad_(False)
+    y, branch = block(randn(1, 1, 2, CHANNELS).float())
+    (y.sum() + branch.square().sum()).backward()
+    assert len(calls) == 1
+    for name, p in block.named_parameters():
+        assert (p.grad is None) == name.startswith('mixer.'), name
+
+
+@runs
+def test_only_in_eager_training(calls):
+    block, x = make_blocks(1)[0], randn(1, 1, 2, CHANNELS).float()
+    with torch.no_grad():
+        block(x)
+    block.eval()(x)
+    assert not calls
+
+
+def test_what_is_changed_inside_has_its_say():
+    block = Block(CHANNELS, 1.5)
+    assert block._weights() is not None
+    hook = block.ffn.fc2.register_forward_hook(lambda *_: None)
+    assert block._weights() is None
+    hook.remove()
+    assert block._weights() is not None
+    nn.utils.parametrize.register_parametrization(block.mixer.proj, 'weight', nn.Identity())
+    assert block._weights() is None
+
+
+def test_weights_are_all_of_the_blocks():
+    block = Block(CHANNELS, 1.5)
+    weights = block._weights()
+    assert {id(w) for w in weights} == {id(p) for p in block.parameters()}
+    assert len(set(map(id, weights))) == len(weights)
+
+
+def test_factors_of_stochastic_depth():
+    x = torch.empty(1000, 1, 1, CHANNELS, device=DEVICE)
+    block = Block(CHANNELS, 1., drop_path=0.25)
+    factors = block._keep(x)
+    assert factors.shape == (2, 1000, 1, 1, 1)
+    assert set(factors.unique().tolist()) == {0., torch.tensor(1 / 0.75).item()}
+    assert 0.9 < factors.mean() < 1.1
+    assert Block(CHANNELS, 1.)._keep(x) is None
+
+
+def test_places_of_block_diagonal_matrices():
+    weights = [torch.randn(4, 3, 2), torch.randn(4, 1, 5)]
+    source, target = _places(tuple(w.shape for w in weights), torch.device('cpu'))
+    flat = torch.cat([*(w.flatten() for w in weights), torch.zeros(1)])
+    matrices = torch.cat([block_diagonal(w).flatten() for w in weights])
+    assert torch.equal(flat[source], matrices)
+    assert torch.equal(matrices[target], flat[:-1])
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_block_diagonal(dtype):
+    weight = torch.randn(4, 3, 5, device=DEVICE, requires_grad=True)
+    other = weight.detach().requires_grad_()
+    got, want = block_diagonal(weight, dtype), torch.block_diag(*other)
+    assert torch.equal(got, want.to(dtype or torch.float32))
+    for matrix in (got, want):
+        matrix.backward(torch.arange(240., device=DEVICE).view(12, 20).to(matrix.dtype))
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, other.grad, atol=0, rtol=2**-8)
