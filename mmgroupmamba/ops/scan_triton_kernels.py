@@ -54,16 +54,16 @@ def _reciprocal(x):
 def _softplus(x):
     """log(1 + exp(x)), relatively exact for x -> -inf: log(1 + e) = 2 artanh(e / (2 + e)).
 
-    artanh(s) / s for s <= 1 / 3 as a polynomial in s * s, fitted to 4e-9.
+    2 artanh(s) / s for s <= 1 / 3 as a polynomial in s * s, fitted to 4e-9.
     """
     e = _exp_minus(x)
     s = e * _reciprocal(2 + e)
     square = s * s
-    series = square * 0.1408915353 + 0.1398028731
-    series = series * square + 0.2001245779
-    series = series * square + 0.3333315722
-    series = series * square + 1.000000004
-    return tl.maximum(x, 0.) + 2 * s * series
+    series = square * 0.2817830706 + 0.2796057462
+    series = series * square + 0.4002491558
+    series = series * square + 0.6666631444
+    series = series * square + 2.000000008
+    return tl.maximum(x, 0.) + s * series
 
 
 @triton.jit
@@ -95,19 +95,22 @@ def _cells(token, group, height, width, STEP: tl.constexpr, COLUMNS: tl.constexp
     last = height * width - 1
     cell = token
     step = 1
+    around = last
     if COLUMNS:
         by_columns = (COLUMNS >> group) & 1 != 0
         step = tl.where(by_columns, width, 1)
         cell = tl.where(by_columns, token % height * width + token // height, token)
+    if BACKWARD:
+        backward = (BACKWARD >> group) & 1 != 0
+        cell = tl.where(backward, last - cell, cell)
+        step = tl.where(backward, -step, step)
+        around = tl.where(backward, -last, last)
     cells = ()
     for _ in tl.static_range(STEP):
-        if BACKWARD:
-            cells += (tl.where((BACKWARD >> group) & 1 != 0, last - cell, cell), )
-        else:
-            cells += (cell, )
+        cells += (cell, )
         cell += step
-        if COLUMNS:
-            cell = tl.where(cell > last, cell - last, cell)
+        if COLUMNS:  # outside on either side: a negative cell is a large one without its sign
+            cell = tl.where(cell.to(tl.uint32) > last, cell - around, cell)
     return cells
 
 
@@ -220,6 +223,7 @@ def summary_kernel(
         first = q * T + block * STEP
         if REVERSE:
             first = chunks * T - STEP - first
+        left = length - first
         cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
         xs = ()
         held = ()
@@ -227,7 +231,7 @@ def summary_kernel(
         insides = ()
         for s in tl.static_range(STEP):
             cell = cells[STEP - 1 - s if REVERSE else s]
-            inside = first + (STEP - 1 - s if REVERSE else s) < length
+            inside = left > (STEP - 1 - s if REVERSE else s)
             insides += (inside, )
             xs += (tl.load(x + cell * x_token, inside & valid, other=0.), )
             held += (tl.load(rows + cell * r_token, inside & in_row, other=0.).to(tl.float32), )
@@ -302,12 +306,13 @@ def forward_kernel(
             for n in tl.static_range(N):
                 tl.store(entry + (stop * N + n) * channels + channel, h[n], valid)
         first = q * T + block * STEP
+        left = length - first
         cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
         xs = ()
         held = ()
         sources = ()
         for s in tl.static_range(STEP):
-            inside = first + s < length
+            inside = left > s
             xs += (tl.load(x + cells[s] * x_token, inside & valid, other=0.), )
             held += (tl.load(rows + cells[s] * r_token, inside & in_row, other=0.).to(tl.float32), )
             if RANK == 0:
@@ -315,7 +320,7 @@ def forward_kernel(
             else:
                 sources += (held[s], )
         for s in tl.static_range(STEP):
-            inside = first + s < length
+            inside = left > s
             dt, raw = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             out = skip * value
@@ -392,13 +397,14 @@ def backward_kernel(
         for n in tl.static_range(N):
             h += (tl.load(entry + (stop * N + n) * channels + channel, valid, other=0.), )
         first = chunk * T + block * STEP
+        left = length - first
         cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
         xs = ()
         held = ()
         sources = ()
         grads = ()
         for s in tl.static_range(STEP):
-            inside = first + s < length
+            inside = left > s
             xs += (tl.load(x + cells[s] * x_token, inside & valid, other=0.), )
             held += (tl.load(rows + cells[s] * r_token, inside & in_row, other=0.).to(tl.float32), )
             if RANK == 0:
@@ -408,7 +414,7 @@ def backward_kernel(
             grads += (tl.load(grad + cells[s] * g_token, inside & valid, other=0.), )
         before = ()  # the states before each token of the block, n fastest; and the last
         for s in tl.static_range(STEP):
-            dt, raw = _step_size(sources[s], weights, shift, first + s < length, RANK, SOFTPLUS)
+            dt, raw = _step_size(sources[s], weights, shift, left > s, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             before += h
             next_h = ()
@@ -419,7 +425,7 @@ def backward_kernel(
         before += h
 
         for s in tl.static_range(STEP - 1, -1, -1):
-            inside = first + s < length
+            inside = left > s
             dt, raw = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             dy = grads[s].to(tl.float32)

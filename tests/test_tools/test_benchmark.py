@@ -2,8 +2,10 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +152,50 @@ def test_folded_row_and_profile(run):
     shares = [line.split('|')[1:4] for line in out.split('\n\n')[-1].splitlines()[2:]]
     forward = [float(share) for _, share, subject in shares[:14]]
     assert forward == sorted(forward, reverse=True) and sum(forward) < 100.5
+
+
+@pytest.fixture
+def graphs(main, monkeypatch):
+    """Stand-ins on CPU: what was captured stays in place."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in dict(
+            Stream=lambda: stream, current_stream=lambda: stream, stream=nullcontext,
+            graph=nullcontext, CUDAGraph=lambda: SimpleNamespace(replay=lambda: None)).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setitem(main.__globals__, 'check', lambda args: None)
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, capturable, **kwargs: adamw(
+        *args, **kwargs))  # capturable on GPUs only
+
+
+GRAPHS = ['--cuda-graph', '--device', 'cpu', '--subjects', 'layer', '--sizes', '32x64']
+
+
+def test_rows_of_graphs(run, graphs):
+    passes = ['forward', 'forward+backward', 'train-step']
+    _, _, data = run(*GRAPHS, '--passes', *passes)
+    rows = {(r['pass'], r['what']): r for r in data['results']}
+    assert set(rows) == {(name, what) for name in passes for what in ('blocked', 'blocked graph')}
+    for (_, what), row in rows.items():
+        assert row['median_ms'] > 0 and (row['peak_bytes'] is None) == (what == 'blocked graph')
+
+
+@pytest.mark.parametrize('which, words', [
+    ('forward', 'other outputs'), ('forward+backward', 'other gradients'),
+])
+def test_wrong_graph_is_refused(which, words, main, graphs, monkeypatch, capsys):
+    row = main.__globals__['Row']
+    capture = row._capture
+
+    def spoilt(self, *args):
+        replay = capture(self, *args)
+        with torch.no_grad():
+            self.module.proj.weight.add_(1)
+        return replay
+
+    monkeypatch.setattr(row, '_capture', spoilt)
+    assert f'graph is wrong: the graph gives {words}' in refused(
+        main, capsys, *GRAPHS, '--passes', which)
 
 
 def test_what_does_not_compile_is_left_out(run, monkeypatch):

@@ -27,6 +27,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -163,13 +164,13 @@ class Row:
             one.requires_grad_(self.subject in OF_A_MAP)
         optimizer = None
         if which == 'train-step':
-            optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6)
+            optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6,
+                                          capturable=self.mode.graph)
         cotangents: list[Tensor] = []
 
-        def step(i: int) -> None:
-            one = inputs[i % len(inputs)]
+        def train(one: Tensor, cache: bool = True) -> None:
             self.clear(one)
-            with self.autocast(self.args.amp):
+            with self.autocast(self.args.amp, cache):
                 outputs = as_tuple(self.run(one))
             if not cotangents:
                 cotangents.extend(torch.ones_like(y) for y in outputs)
@@ -177,7 +178,48 @@ class Row:
             if optimizer is not None:
                 optimizer.step()
 
-        return step
+        def step(i: int) -> None:
+            train(inputs[i % len(inputs)])
+
+        if not self.mode.graph:
+            return step
+        static = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
+        replay = self._capture(lambda: train(static, cache=False), static, inputs)
+        replay(0)
+        got = self._gradients()
+        step(0)
+        if not measure.relative_error(got, self._gradients()) < 1e-2:
+            raise LaunchError(f'{self.label} is wrong: the graph gives other gradients')
+        return replay
+
+    def _gradients(self) -> Tensor:
+        """All in one: one of them alone may be noise."""
+        return torch.cat([p.grad.flatten().float() for p in self.module.parameters()
+                          if p.grad is not None])
+
+    def _capture(self, run: Callable[[], Any], static: Tensor, inputs: list[Tensor]
+                 ) -> measure.Step:
+        """A step that replays `run`, which reads `static`, as a CUDA graph on each input in turn.
+
+        As https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+
+        def replay(i: int) -> Any:
+            with torch.no_grad():
+                static.copy_(inputs[i % len(inputs)])
+            graph.replay()
+            return outputs
+
+        return replay
 
     def clear(self, *inputs: Tensor) -> None:
         for tensor in (*self.module.parameters(), *inputs):
@@ -199,23 +241,14 @@ class Row:
 
         if not self.mode.graph:
             return step
-        # as https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step(0)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph, static = torch.cuda.CUDAGraph(), inputs[0].clone()
-        # autocast's cache of cast weights must not outlive the capture
-        with torch.no_grad(), torch.cuda.graph(graph), self.autocast(self.args.amp, cache=False):
-            outputs = run(static)
+        static = inputs[0].clone()
 
-        def replay(i: int) -> Any:
-            static.copy_(inputs[i % len(inputs)])
-            graph.replay()
-            return outputs
+        def once() -> Any:
+            # autocast's cache of cast weights must not outlive the capture
+            with torch.no_grad(), self.autocast(self.args.amp, cache=False):
+                return run(static)
 
+        replay = self._capture(once, static, inputs)
         for got, want in zip(as_tuple(replay(0)), as_tuple(step(0))):
             if not measure.relative_error(got, want) < 1e-3:
                 raise LaunchError(f'{self.label} is wrong: the graph gives other outputs')
@@ -434,8 +467,7 @@ class Benchmark:
         args = self.args
         steps, records = {}, {}
         for row in rows:
-            inference = row.mode.graph or row.mode.folded
-            if inference and which != 'forward' or row.mode.with_cp and which == 'forward':
+            if row.mode.folded and which != 'forward' or row.mode.with_cp and which == 'forward':
                 continue
             record = dict(subject=subject, size=str(size), height=size.height, width=size.width,
                           batch=size.batch, pass_=which, what=row.label,
@@ -614,7 +646,7 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
         choices=['default', 'reduce-overhead', 'max-autotune'],
         help='one more row of each: torch.compile (and with --channels-last, of both)')
     add('--cuda-graph', action='store_true',
-        help='one more row of each, two of ours with --fuse or --fused-ops: forward as a CUDA '
+        help='one more row of each, two of ours with --fuse or --fused-ops: the pass as a CUDA '
         'graph')
     add('--amp', choices=DTYPES, help='autocast for all')
     add('--cudnn-benchmark', action='store_true', help='let cuDNN try its algorithms, for all')
