@@ -1,15 +1,12 @@
 """The converters as commands, and what tools/test.py says to a converted file."""
 import subprocess
-import sys
 
 import torch
-from tiny import ROOT
+from tiny import run_tool
 
 
 def convert(name: str, *args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / f'tools/model_converters/{name}.py', *map(str, args)],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return run_tool(f'model_converters/{name}', *args)
 
 
 def test_there_and_back(golden, official_file, tmp_path):

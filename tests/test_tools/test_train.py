@@ -123,7 +123,9 @@ def test_mixed_family(tmp_path, configs):
     """A second mmcv beside onedl-mmcv is refused before anything is imported."""
     (tmp_path / 'mmcv-2.1.0.dist-info').mkdir()
     (tmp_path / 'mmcv-2.1.0.dist-info/METADATA').write_text('Name: mmcv\nVersion: 2.1.0\n')
-    done = run_tool('train', configs['mmdet'], cwd=tmp_path, PYTHONPATH=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/train.py', configs['mmdet']], cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)}, text=True, capture_output=True)
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith('error: mixed OpenMMLab families')
