@@ -18,7 +18,7 @@ from mmgroupmamba.ops import block_diagonal, linear_dtype, with_padding, without
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
-from .layers import Block, DepthwiseConv, GroupedLinear, GroupedSSM
+from .layers import Block, DepthwiseConv, GroupedLinear, GroupedSSM, Stem
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
 
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
     - the two heads of a distilled classifier, whose average is the prediction, into one;
-    - on CUDA, the stem's convolutions with bias and ReLU, where cuDNN has them as one;
+    - on CUDA, the stem's first convolution over squares of pixels (:class:`_Squares`), and its
+      convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, the linear maps of the four groups into one with a block-diagonal matrix;
     - on CUDA, stages whose rows are no multiple of 16 bytes in half precision get zero channels
       (:func:`pad_channels`).
@@ -60,7 +61,9 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
         if next(backbone.parameters()).is_cuda:
             pad_channels(backbone)
             _join_groups(backbone)
-            _join_activations(backbone.stages[0].embed.convs)
+            _pack_pixels(backbone)
+            for module in [m for m in backbone.modules() if isinstance(m, Stem)]:
+                _join_activations(module.convs)
         if autocast_dtype is not None:
             _cast_maps(backbone, autocast_dtype)
     return model.requires_grad_(False)
@@ -189,6 +192,42 @@ def _join_groups(backbone: GroupMamba) -> None:
             ssm.in_proj = ssm.gate_proj = None
 
 
+class _Squares(nn.Module):
+    """Image (B, 3, H, W) to its squares of 2 x 2 pixels, (B, 16, ceil(H / 2) + 3, ceil(W / 2) + 3).
+
+    12 of the channels are the squares', 4 are zero, and so are two squares before and one after: a
+    convolution of 7 x 7 and stride 2 is then one of 4 x 4 and stride 1 without padding, of rows of
+    channels that suit a GPU's matrix units. Three channels do not: over them, it takes longer than
+    a stage's products.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        x = F.pad(x, (0, width % 2, 0, height % 2)) if width % 2 or height % 2 else x
+        squares = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, 3, H / 2, 2, W / 2, 2)
+        height, width = squares.shape[2], squares.shape[4]
+        packed = x.new_zeros(batch, height + 3, width + 3, 16, dtype=linear_dtype(x))
+        inside = packed[:, 2:-1, 2:-1, :4 * channels].unflatten(-1, (2, 2, channels))
+        inside.copy_(squares.permute(0, 2, 4, 3, 5, 1))
+        return packed.permute(0, 3, 1, 2)
+
+
+def _pack_pixels(backbone: GroupMamba) -> None:
+    """The stem's first convolution over :class:`_Squares`."""
+    for stem in [m for m in backbone.modules() if isinstance(m, Stem)]:
+        conv = stem.convs[0]
+        if not isinstance(conv, nn.Conv2d):  # done already
+            continue
+        weight = F.pad(conv.weight, (1, 0, 1, 0))  # 7 x 7 at the end of 8 x 8
+        weight = weight.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 1, 2, 4)
+        weight = weight.flatten(1, 3)  # (out, 2 * 2 * 3, 4, 4)
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 16 - weight.shape[1]))
+        packed = nn.Conv2d(16, len(weight), 4, device='meta')
+        packed.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
+        packed.bias = conv.bias
+        stem.convs = nn.Sequential(_Squares(), packed, *stem.convs[1:]).eval()
+
+
 class _ConvReLU(nn.Module):
     """Convolution, bias and ReLU in one of cuDNN's."""
 
@@ -205,7 +244,7 @@ class _ConvReLU(nn.Module):
 
 def _join_activations(convs: nn.Sequential) -> None:
     """Each folded convolution of a stem with its ReLU, where this cuDNN gives the same."""
-    modules = [m for m in convs if not isinstance(m, nn.Identity)]
+    modules = [m for m in convs if not isinstance(m, (nn.Identity, _Squares))]
     for conv, relu in zip(modules[::2], modules[1::2]):
         if not isinstance(conv, nn.Conv2d) or not isinstance(relu, nn.ReLU):
             return

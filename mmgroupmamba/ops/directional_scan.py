@@ -129,7 +129,17 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
 
 def block_diagonal(weight: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """(G, out, in) -> (G * out, G * in), zero between the groups; in a dtype, or its own."""
-    return _BlockDiagonal.apply(weight, dtype or weight.dtype)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _BlockDiagonal.apply(weight, dtype or weight.dtype)
+    return _block_diagonal(weight, dtype or weight.dtype)
+
+
+def _block_diagonal(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    groups, outputs, inputs = weight.shape
+    eye = _eye.__wrapped__ if traced() else _eye
+    blocks = weight.new_empty(groups, outputs, groups, inputs, dtype=dtype)
+    torch.mul(weight[:, :, None], eye(groups, weight.dtype, weight.device), out=blocks)
+    return blocks.view(groups * outputs, groups * inputs)
 
 
 @lru_cache(maxsize=16)
@@ -143,11 +153,7 @@ class _BlockDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
-        groups, outputs, inputs = weight.shape
-        eye = _eye.__wrapped__ if traced() else _eye
-        blocks = weight.new_empty(groups, outputs, groups, inputs, dtype=dtype)
-        torch.mul(weight[:, :, None], eye(groups, weight.dtype, weight.device), out=blocks)
-        return blocks.view(groups * outputs, groups * inputs)
+        return _block_diagonal(weight, dtype)
 
     @staticmethod
     @once_differentiable
@@ -165,20 +171,19 @@ def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor
     if dt_weight.dim() != 3 or A_log.dim() != 2:
         raise ValueError('directional_scan: dt_weight must be (4, d, R) and A_log (4 * d, N), got '
                          f'{tuple(dt_weight.shape)} and {tuple(A_log.shape)}')
-    channels = _GROUPS * x.shape[4]
+    batch, height, width, _, dim = x.shape
     rank, states = dt_weight.shape[2], A_log.shape[1]
-    expected = dict(
-        x_dbl=(x_dbl, (*x.shape[:4], rank + 2 * states)),
-        dt_weight=(dt_weight, (_GROUPS, x.shape[4], rank)),
-        A_log=(A_log, (channels, states)),
-        D=(D, (channels, )),
-        dt_bias=(dt_bias, (channels, )))
-    for name, (tensor, shape) in expected.items():
+    for name, tensor, shape in (
+            ('x', x, x.shape),
+            ('x_dbl', x_dbl, (batch, height, width, _GROUPS, rank + 2 * states)),
+            ('dt_weight', dt_weight, (_GROUPS, dim, rank)),
+            ('A_log', A_log, (_GROUPS * dim, states)),
+            ('D', D, (_GROUPS * dim, )),
+            ('dt_bias', dt_bias, (_GROUPS * dim, ))):
         if tensor.shape != shape or 0 in shape:
             raise ValueError(f'directional_scan: {name} must be {shape} and not empty, got '
                              f'{tuple(tensor.shape)}')
         if tensor.device != x.device:
             raise ValueError(f'directional_scan: {name} is on {tensor.device}, x on {x.device}')
-    for name, tensor in dict(x=x, **{k: v[0] for k, v in expected.items()}).items():
         if not tensor.is_floating_point():
             raise ValueError(f'directional_scan: {name} must be real floating, got {tensor.dtype}')

@@ -226,15 +226,13 @@ def _kept_states(plan: _Plan, x: Tensor, A: Tensor, keep: bool) -> Tensor:
 
 
 def _summary(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
-             rows: _Operand, A: Tensor, bias: Optional[Tensor], reverse: bool
-             ) -> tuple[Tensor, Tensor]:
-    """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, C)."""
-    decay = A.new_empty(x.tensor.shape[0], plan.chunks, A.shape[1], A.shape[0])
-    state = torch.empty_like(decay)
+             rows: _Operand, A: Tensor, bias: Optional[Tensor], reverse: bool) -> Tensor:
+    """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, 2, C)."""
+    ends = A.new_empty(x.tensor.shape[0], plan.chunks, A.shape[1], 2, A.shape[0])
     _kernels().summary_kernel[(plan.programs, )](
-        x.tensor, _tensor(delta), weight, rows.tensor, A, bias, decay, state, *plan.sizes,
+        x.tensor, _tensor(delta), weight, rows.tensor, A, bias, ends, *plan.sizes,
         *_strides(x, delta, rows), **plan.constants, REVERSE=reverse)
-    return decay, state
+    return ends
 
 
 def _launch_forward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
@@ -243,9 +241,9 @@ def _launch_forward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight:
     """Fill y, which lies in memory as (batch, cell, channels), and, if it is given, entry. The step
     is `delta` or, of a map, `weight` times what stands first in its rows."""
     with torch.cuda.device_of(x.tensor):
-        decay, state = _summary(plan, x, delta, weight, rows, A, bias, reverse=False)
+        ends = _summary(plan, x, delta, weight, rows, A, bias, reverse=False)
         _kernels().forward_kernel[(plan.programs, )](
-            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, decay, state, y, entry,
+            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, ends, y, entry,
             *plan.sizes, *_strides(x, delta, rows), **plan.constants, TILES=plan.tiles_at_once)
 
 
@@ -262,10 +260,10 @@ def _launch_backward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight
     sums = A.new_empty(x.tensor.shape[0], plan.chunks // plan.tile.CHUNKS,
                        states + 2 + plan.constants['RANK'], channels)
     with torch.cuda.device_of(x.tensor):
-        decay, state = _summary(plan, grad, delta, weight, rows, A, bias, reverse=True)
+        ends = _summary(plan, grad, delta, weight, rows, A, bias, reverse=True)
         _kernels().backward_kernel[(plan.programs, )](
-            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, grad.tensor, decay, state,
-            entry, dx, ddelta, drows, sums, *plan.sizes, *_strides(x, delta, rows, grad),
+            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, grad.tensor, ends, entry,
+            dx, ddelta, drows, sums, *plan.sizes, *_strides(x, delta, rows, grad),
             **plan.constants, TILES=plan.tiles_at_once)
     return sums.sum((0, 1))
 

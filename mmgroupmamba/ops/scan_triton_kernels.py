@@ -161,7 +161,14 @@ def _step_size(source, weights, bias, inside, RANK: tl.constexpr, SOFTPLUS: tl.c
 
 
 @triton.jit
-def _entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
+def _end(chunk, n, channel, channels, N: tl.constexpr):
+    """Where a chunk's decay is in `ends` (batch, chunk, N, 2, channel); its state is `channels` on.
+    """
+    return (chunk * N + n) * 2 * channels + channel
+
+
+@triton.jit
+def _entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
               N: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
               TILES: tl.constexpr):
     """The state that enters each chunk of a tile, (CHUNKS, CHANNELS), from the summaries."""
@@ -171,23 +178,23 @@ def _entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
     while first < tile:
         earlier = first + row
         known = (earlier < tile) & valid
-        at = ((batch * chunks + earlier * CHUNKS + CHUNKS - 1) * N + n) * channels + channel
-        a = tl.load(decay + at, known, other=1.)
-        h = tl.load(state + at, known, other=0.)
+        at = _end(batch * chunks + earlier * CHUNKS + CHUNKS - 1, n, channel, channels, N)
+        a = tl.load(ends + at, known, other=1.)
+        h = tl.load(ends + at + channels, known, other=0.)
         a, h = tl.associative_scan((a, h), 0, _compose)
         a = tl.sum(tl.where(row == TILES - 1, a, 0.), 0)[None, :]
         h = tl.sum(tl.where(row == TILES - 1, h, 0.), 0)[None, :]
         carry = a * carry + h
         first += TILES
     known = (q % CHUNKS > 0) & valid
-    at = ((batch * chunks + q - 1) * N + n) * channels + channel
-    a = tl.load(decay + at, known, other=1.)
-    return a * carry + tl.load(state + at, known, other=0.)
+    at = _end(batch * chunks + q - 1, n, channel, channels, N)
+    a = tl.load(ends + at, known, other=1.)
+    return a * carry + tl.load(ends + at + channels, known, other=0.)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def summary_kernel(
-        x, delta, weight, rows, A, bias, decay, state,
+        x, delta, weight, rows, A, bias, ends,
         height, width, chunks, groups, dim,
         x_batch, x_group, x_channel, x_token, d_batch, d_group, d_channel, d_token,
         r_batch, r_group, r_value, r_token,
@@ -257,14 +264,14 @@ def summary_kernel(
 
     for n in tl.static_range(N):
         after_a, after_h = tl.associative_scan((a[n], h[n]), 0, _compose)
-        at = ((batch * chunks + q) * N + n) * channels + channel
-        tl.store(decay + at, after_a, valid)
-        tl.store(state + at, after_h, valid)
+        at = _end(batch * chunks + q, n, channel, channels, N)
+        tl.store(ends + at, after_a, valid)
+        tl.store(ends + at + channels, after_h, valid)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-        x, delta, weight, rows, A, D, bias, decay, state, y, entry,
+        x, delta, weight, rows, A, D, bias, ends, y, entry,
         height, width, chunks, groups, dim,
         x_batch, x_group, x_channel, x_token, d_batch, d_group, d_channel, d_token,
         r_batch, r_group, r_value, r_token,
@@ -297,7 +304,7 @@ def forward_kernel(
     rates = _rates(A, channel, valid, N, RANK)
     h = ()
     for n in tl.static_range(N):
-        h += (_entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
+        h += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
                         N, CHUNKS, CHANNELS, TILES), )
 
     for block in range(T // STEP):
@@ -335,7 +342,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
-        x, delta, weight, rows, A, D, bias, grad, decay, state, entry,
+        x, delta, weight, rows, A, D, bias, grad, ends, entry,
         dx, ddelta, drows, sums,
         height, width, chunks, groups, dim,
         x_batch, x_group, x_channel, x_token, d_batch, d_group, d_channel, d_token,
@@ -382,7 +389,7 @@ def backward_kernel(
     dA = ()
     for n in tl.static_range(N):
         dA += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
-        r += (_entering(decay, state, batch, tile, q, channel, valid, chunks, channels, n,
+        r += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
                         N, CHUNKS, CHANNELS, TILES), )
     dD = tl.zeros((CHUNKS, CHANNELS), tl.float32)
     dbias = tl.zeros((CHUNKS, CHANNELS), tl.float32)

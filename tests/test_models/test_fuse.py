@@ -1,15 +1,23 @@
 """Folding for inference: the same outputs, from fewer modules."""
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmgroupmamba.models import GroupMamba, fuse
-from mmgroupmamba.models.fuse import _join_groups, pad_channels
+from mmgroupmamba.models.fuse import (
+    _ConvReLU,
+    _join_activations,
+    _join_groups,
+    _pack_pixels,
+    pad_channels,
+)
 from mmgroupmamba.models.layers import GroupedSSM
 from mmgroupmamba.registry import HOOKS
 
@@ -128,6 +136,37 @@ def test_groups_joined():
                 module.in_proj = module.gate_proj = None
         again = model(image)
     assert max(relative(g, w) for g, w in zip(again, want)) < 1e-5
+
+
+@pytest.mark.parametrize('size', [(64, 96), (65, 33), (34, 63)])
+def test_pixels_packed(size):
+    model = fuse(stirred(GroupMamba(MICRO, out_indices=(0, ))))
+    image = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        want = model(image)
+        for _ in range(2):  # once is enough
+            _pack_pixels(model)
+            got = model(image)
+            assert relative(got[0], want[0]) < 1e-5
+    strides = [m.stride for m in model.stages[0].embed.convs if isinstance(m, nn.Conv2d)]
+    assert strides == [(1, 1)] * 3
+
+
+@pytest.mark.parametrize('fault', [0, 1])
+def test_activations_joined(monkeypatch, fault):
+    """By cuDNN's operator, for which another stands here; one that gives something else is left."""
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, weight, bias, *options:
+                        F.relu(F.conv2d(x, weight, bias, *options)) + fault)
+    model = fuse(stirred(GroupMamba(MICRO, out_indices=(0, ))))
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of autocast without a GPU
+        want = model(image)
+        _pack_pixels(model)
+        _join_activations(model.stages[0].embed.convs)
+        assert relative(model(image)[0], want[0]) < 1e-5
+    joined = sum(isinstance(m, _ConvReLU) for m in model.modules())
+    assert joined == (0 if fault else 3)
 
 
 def test_cast_for_autocast_changes_nothing():
