@@ -358,9 +358,10 @@ class Block(nn.Module):
             return None
         return BlockWeights(
             in_proj=in_proj.weight, gate_proj=gate_proj.weight, x_proj=x_proj.weight,
-            out_proj=out_proj.weight, squeeze=squeeze.weight, squeeze_bias=squeeze.bias,
-            excite=excite.weight, excite_bias=excite.bias, proj=proj.weight, proj_bias=proj.bias,
-            fc1=fc1.weight, fc1_bias=fc1.bias, fc2=fc2.weight, fc2_bias=fc2.bias,
+            out_proj=out_proj.weight, proj=proj.weight, fc1=fc1.weight, fc2=fc2.weight,
+            proj_bias=proj.bias, fc1_bias=fc1.bias, fc2_bias=fc2.bias,
+            excite=excite.weight, excite_bias=excite.bias,
+            squeeze=squeeze.weight, squeeze_bias=squeeze.bias,
             norm=norm.weight, norm_bias=norm.bias, conv=conv.weight, conv_bias=conv.bias,
             dt_proj=dt_proj.weight, dt_bias=ssm.dt_bias, A_log=ssm.A_log, D=ssm.D,
             group_norm=group_norm.weight, group_norm_bias=group_norm.bias,

@@ -26,24 +26,28 @@ from .selective_scan import resolve_backend
 
 _GROUPED = 4  # of the weights, how many are grouped linear maps
 _LINEAR = 14  # and how many stand in matrix products
+_ALIGN = 8  # values in 16 bytes of half precision: where a large matrix starts
 
 
 class BlockWeights(NamedTuple):
-    """Weights of a block, as its modules hold them; (4, out, in) are grouped linear maps."""
+    """Weights of a block, as its modules hold them; (4, out, in) are grouped linear maps.
+
+    The large matrices come first: cast together, they then start at multiples of 16 bytes.
+    """
     in_proj: Tensor  # (4, d, d)
     gate_proj: Tensor  # (4, d, d)
     x_proj: Tensor  # (4, R + 2N, d)
     out_proj: Tensor  # (4, d, d)
-    squeeze: Tensor  # the affinity's, (C / 16, C)
-    squeeze_bias: Tensor
-    excite: Tensor  # (C, C / 16)
-    excite_bias: Tensor
     proj: Tensor  # (C, C)
-    proj_bias: Tensor
     fc1: Tensor  # (D, C)
-    fc1_bias: Tensor
     fc2: Tensor  # (C, D)
+    proj_bias: Tensor
+    fc1_bias: Tensor
     fc2_bias: Tensor
+    excite: Tensor  # the affinity's, (C, C / 16)
+    excite_bias: Tensor
+    squeeze: Tensor  # (C / 16, C)
+    squeeze_bias: Tensor
     # from here on, what kernels read
     norm: Tensor
     norm_bias: Tensor
@@ -287,7 +291,7 @@ def _two(first: Tensor, second: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _places(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of grouped maps (G, out, in) that lie one behind the other, with a zero after them: where
+    """Of grouped maps (G, out, in) that lie one behind the other, with zeros after them: where
     each value of their block-diagonal matrices is, and where in the matrices each of theirs is."""
     zero = sum(prod(shape) for shape in shapes)
     sources, targets = [], []
@@ -304,9 +308,9 @@ def _places(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tenso
     return torch.cat(sources).to(device), torch.cat(targets).to(device)
 
 
-@lru_cache(maxsize=16)
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=dtype, device=device)
+@lru_cache(maxsize=64)
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(count, dtype=dtype, device=device)
 
 
 def _prepare(weights: tuple[Tensor, ...], dtype: torch.dtype) -> BlockWeights:
@@ -314,14 +318,15 @@ def _prepare(weights: tuple[Tensor, ...], dtype: torch.dtype) -> BlockWeights:
     stands in products in `dtype`, cast together; of the rest, the scan's in float32."""
     grouped, linear = weights[:_GROUPED], weights[_GROUPED:_LINEAR]
     first = grouped[0]
-    zero = _zero(first.dtype, first.device)
-    flat = _flatten_dense_tensors((*grouped, zero, *linear)).to(dtype)
+    count = sum(t.numel() for t in grouped)
+    zeros = _zeros(_ALIGN - count % _ALIGN, first.dtype, first.device)
+    flat = _flatten_dense_tensors((*grouped, zeros, *linear)).to(dtype)
     shapes = tuple(t.shape for t in grouped)
     source, _ = _places(shapes, first.device)
     sizes = [(groups * outputs, groups * inputs) for groups, outputs, inputs in shapes]
     matrices = flat.take(source).split([rows * columns for rows, columns in sizes])
     matrices = [m.view(size) for m, size in zip(matrices, sizes)]
-    linear = _unflatten_dense_tensors(flat[sum(t.numel() for t in grouped) + 1:], linear)
+    linear = _unflatten_dense_tensors(flat[count + len(zeros):], linear)
     w = BlockWeights(*matrices, *linear, *(t.contiguous() for t in weights[_LINEAR:]))
     return w._replace(dt_proj=w.dt_proj.float(), dt_bias=w.dt_bias.float(),
                       A_log=w.A_log.float(), D=w.D.float())

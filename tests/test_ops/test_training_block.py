@@ -17,7 +17,7 @@ from mmgroupmamba.models import layers
 from mmgroupmamba.models.layers import Block
 from mmgroupmamba.ops import FUSED_OPS, block_diagonal, training_block
 from mmgroupmamba.ops.scan_triton import why_not
-from mmgroupmamba.ops.training_block import _places
+from mmgroupmamba.ops.training_block import _places, _prepare
 
 CHANNELS = 20
 
@@ -188,6 +188,19 @@ def test_factors_of_stochastic_depth():
     assert set(factors.unique().tolist()) == {0., torch.tensor(1 / 0.75).item()}
     assert 0.9 < factors.mean() < 1.1
     assert Block(CHANNELS, 1.)._keep(x) is None
+
+
+@pytest.mark.parametrize('channels', [64, 348, 424])
+def test_matrices_start_at_16_bytes(channels):
+    """As a GPU's matrix units want them."""
+    weights = Block(channels, 4).apply(layers.init_weights)._weights()
+    prepared = _prepare(weights, torch.bfloat16)
+    for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj', 'proj', 'fc1', 'fc2'):
+        matrix = getattr(prepared, name)
+        assert matrix.data_ptr() % 16 == 0 and matrix.is_contiguous(), name
+        want = getattr(weights, name)
+        want = torch.block_diag(*want) if want.dim() == 3 else want
+        assert torch.equal(matrix, want.bfloat16()), name
 
 
 def test_places_of_block_diagonal_matrices():
