@@ -118,6 +118,7 @@ def test_extremes_stay_finite(mamba_kernel, backend, door, case):
     height, width = (250, 280) if backend == 'blocked' else (7, 300)
     scale, decay, bias = ({**dict(scale=1., decay=1., bias=0.), **EXTREMES[case]}[k]
                           for k in ('scale', 'decay', 'bias'))
+    torch.set_flush_denormal(False)  # what Inductor of torch 2.5 compiles sets it when loaded
     torch.manual_seed(0)
     A = -decay * torch.rand(4, 1)
     D, bias = torch.ones(4), torch.full((4, ), bias)
