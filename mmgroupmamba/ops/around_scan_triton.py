@@ -170,7 +170,7 @@ def _differentiate_conv(ctx, backward, grad):
 
 
 CONV = Operator('triton_depthwise_conv', _conv_forward, _conv_backward, _conv_forward_fake,
-                 _conv_backward_fake, _save_conv, _differentiate_conv)
+                _conv_backward_fake, _save_conv, _differentiate_conv)
 
 
 def depthwise_conv_linear(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, activation: str,
@@ -285,7 +285,7 @@ def _differentiate_gate(ctx, backward, grad):
 
 
 GATE = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_forward_fake,
-                 _gate_backward_fake, _save_gate, _differentiate_gate)
+                _gate_backward_fake, _save_gate, _differentiate_gate)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
@@ -376,7 +376,7 @@ def _differentiate_norm(ctx, backward, grad):
 
 
 NORM = Operator('triton_layer_norm', _norm_forward, _norm_backward, _norm_forward_fake,
-                 _norm_backward_fake, _save_norm, _differentiate_norm)
+                _norm_backward_fake, _save_norm, _differentiate_norm)
 
 
 def _add_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -421,8 +421,8 @@ def _differentiate_add_norm(ctx, backward, grad_total, grad):
 
 
 ADD_NORM = Operator('triton_add_layer_norm', _add_norm_forward, _add_norm_backward,
-                     _add_norm_forward_fake, _add_norm_backward_fake, _save_add_norm,
-                     _differentiate_add_norm)
+                    _add_norm_forward_fake, _add_norm_backward_fake, _save_add_norm,
+                    _differentiate_add_norm)
 
 
 def modulate_layer_norm(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
@@ -499,5 +499,5 @@ def _differentiate_modulate(ctx, backward, grad):
 
 
 MODULATE = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_backward,
-                     _modulate_forward_fake, _modulate_backward_fake, _save_modulate,
-                     _differentiate_modulate)
+                    _modulate_forward_fake, _modulate_backward_fake, _save_modulate,
+                    _differentiate_modulate)

@@ -363,7 +363,7 @@ def _differentiate(ctx, backward, grad, _):
 
 
 SEQUENCES = Operator('triton_scan', _forward, _backward, _forward_fake, _backward_fake, _save,
-                      _differentiate)
+                     _differentiate)
 
 
 def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
@@ -415,4 +415,4 @@ def _differentiate_map(ctx, backward, grad, _):
 
 
 MAPS = Operator('triton_directional_scan', _map_forward, _map_backward, _map_forward_fake,
-                 _map_backward_fake, _save_map, _differentiate_map)
+                _map_backward_fake, _save_map, _differentiate_map)

@@ -125,7 +125,8 @@ def _columns(matrix, channel, valid, COUNT: tl.constexpr):
 
 @triton.jit
 def _rates(A, channel, valid, N: tl.constexpr, RANK: tl.constexpr):
-    """A's columns, for powers of two instead of e: one instruction each, where exp takes five."""
+    """A's columns (of a map, from log(-A)), for powers of two instead of e: one instruction each,
+    where exp takes five."""
     rates = ()
     for n in tl.static_range(N):
         rate = tl.load(A + channel * N + n, valid, other=0.)

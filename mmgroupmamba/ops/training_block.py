@@ -94,6 +94,7 @@ class _FeedForward(NamedTuple):
 def trains_whole(x: Tensor, weights: BlockWeights, scan_backend: str) -> bool:
     """Whether :func:`training_block` runs on a map, with gradients, in eager PyTorch."""
     return (torch.is_grad_enabled() and not traced()
+            and all(t.dtype != torch.float64 for t in (x, *weights))
             and resolve_backend(scan_backend, x.device.type, x.dtype) == 'triton'
             and weights.A_log.shape[1] <= scan_triton.MAX_STATES
             and weights.dt_proj.shape[2] <= scan_triton.MAX_RANK)
@@ -113,7 +114,22 @@ def training_block(x: Tensor, branch: Optional[Tensor], keep: Optional[Tensor],
 
     Returns:
         The stream, and what is left to be added to it, both (B, H, W, C).
+
+    Raises:
+        ValueError: Shapes or devices do not fit together.
     """
+    channels = len(weights.norm)
+    if x.dim() != 4 or 0 in x.shape or x.shape[3] != channels:
+        raise ValueError(f'training_block: x must be (B, H, W, {channels}) and not empty, got '
+                         f'{tuple(x.shape)}')
+    for name, tensor, shape in (('branch', branch, x.shape), ('keep', keep, (2, len(x), 1, 1, 1))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f'training_block: {name} must be {tuple(shape)}, got '
+                             f'{tuple(tensor.shape)}')
+    for name, tensor in (('the weights are', weights.norm), ('branch is', branch),
+                         ('keep is', keep)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f'training_block: {name} on {tensor.device}, x on {x.device}')
     x = x.contiguous()
     branch = branch if branch is None else branch.contiguous()
     return _TrainingBlock.apply(x, branch, keep, eps, ffn_eps, *weights)

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_scan_triton import Recorder, compile_launch, compiles, passed_in_the_interpreter, runs
+from test_scan_triton import (
+    Recorder,
+    by_a_subprocess,
+    compile_launch,
+    compiles,
+    passed_in_the_interpreter,
+    runs,
+)
 from test_selective_scan import DEVICE, relative
 
 from mmgroupmamba import ops
@@ -22,7 +29,6 @@ from mmgroupmamba.ops import (
     modulate_layer_norm,
     with_padding,
 )
-from mmgroupmamba.ops.scan_triton import why_not
 
 ACTIVATIONS = ('gelu', 'silu', 'none')
 
@@ -100,8 +106,7 @@ def check(operator, inputs, dtypes, backend='triton', tolerance=1e-6, **options)
     return outputs
 
 
-@pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
-                    reason='the kernels run in this process, or there is no Triton')
+@by_a_subprocess
 def test_in_the_interpreter():
     assert passed_in_the_interpreter(__file__) > 40
 

@@ -17,6 +17,9 @@ from mmgroupmamba.ops import directional_scan, scan_triton, selective_scan
 from mmgroupmamba.ops.scan_triton import Tile, _tiles_at_once, tile_sizes, why_not
 
 runs = pytest.mark.skipif(why_not(DEVICE) is not None, reason='no GPU and not interpreted')
+by_a_subprocess = pytest.mark.skipif(
+    why_not(DEVICE) is None or why_not('cuda') is not None,
+    reason='the kernels run in this process, or there is no Triton')
 compiles = pytest.mark.skipif(why_not('cuda') is not None or 'TRITON_INTERPRET' in os.environ,
                               reason='no Triton, or interpreted')
 
@@ -37,8 +40,7 @@ def small(monkeypatch):
     small_tiles(monkeypatch)
 
 
-@pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
-                    reason='the kernels run in this process, or there is no Triton')
+@by_a_subprocess
 def test_in_the_interpreter():
     assert passed_in_the_interpreter(__file__) > 30
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.nn as nn
 from test_around_scan import randn
-from test_scan_triton import passed_in_the_interpreter, runs, small_tiles
+from test_scan_triton import by_a_subprocess, passed_in_the_interpreter, runs, small_tiles
 from test_selective_scan import DEVICE, relative
 from torch.utils.checkpoint import checkpoint
 
 from mmgroupmamba.models import layers
 from mmgroupmamba.models.layers import Block
 from mmgroupmamba.ops import FUSED_OPS, block_diagonal, training_block
-from mmgroupmamba.ops.scan_triton import why_not
 from mmgroupmamba.ops.training_block import _places, _prepare
 
 CHANNELS = 20
@@ -27,8 +26,7 @@ def small(monkeypatch):
     small_tiles(monkeypatch)
 
 
-@pytest.mark.skipif(why_not(DEVICE) is None or why_not('cuda') is not None,
-                    reason='the kernels run in this process, or there is no Triton')
+@by_a_subprocess
 def test_in_the_interpreter():
     assert passed_in_the_interpreter(__file__) > 4
 
@@ -160,6 +158,26 @@ def test_only_in_eager_training(calls):
         block(x)
     block.eval()(x)
     assert not calls
+
+
+@runs
+def test_float64_is_refused(calls):
+    with pytest.raises(ValueError, match='no float64'):
+        make_blocks(1).double()[0](randn(1, 1, 2, CHANNELS))
+    assert not calls
+
+
+@pytest.mark.parametrize('x, branch, keep, words', [
+    ((1, 2, 20), None, None, r'x must be \(B, H, W, 20\)'),
+    ((1, 2, 2, 24), None, None, r'x must be \(B, H, W, 20\)'),
+    ((0, 2, 2, 20), None, None, 'and not empty'),
+    ((1, 2, 2, 20), (1, 2, 20), None, r'branch must be \(1, 2, 2, 20\)'),
+    ((1, 2, 2, 20), None, (2, 3, 1, 1, 1), r'keep must be \(2, 1, 1, 1, 1\)'),
+])
+def test_wrong_shape_is_named(x, branch, keep, words):
+    x, branch, keep = (s if s is None else torch.zeros(s) for s in (x, branch, keep))
+    with pytest.raises(ValueError, match=words):
+        training_block(x, branch, keep, Block(CHANNELS, 1.5)._weights(), 1e-5, 1e-6)
 
 
 def test_what_is_changed_inside_has_its_say():
