@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .directions import DIRECTIONS
+from .kernel_launch import launch
 from .operator import Operator
 from .precision import cast, linear_dtype, without_autocast
 from .scan_triton import why_not as why_not  # the same Triton, the same devices
@@ -125,11 +126,9 @@ def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activat
     batch, height, width, channels = x.shape
     tile, rows, programs = conv_sizes(*x.shape, columns)
     align = _align(channels, 2)  # what a thread loads at once
-    kernels = _kernels()
-    with torch.cuda.device_of(x):
-        getattr(kernels, kernel)[(programs * -(-channels // tile.CHANNELS), )](
-            x, *tensors, batch, height, width, rows, channels // align, _pitch(x) // align,
-            ACTIVATION=activation, ALIGN=align, **tile._asdict())
+    launch(getattr(_kernels(), kernel), programs * -(-channels // tile.CHANNELS), (x, *tensors),
+           (batch, height, width, rows, channels // align, _pitch(x) // align),
+           ACTIVATION=activation, ALIGN=align, **tile._asdict())
 
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -234,15 +233,13 @@ def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps:
 
 def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
                   real: Optional[int]) -> Tensor:
-    kernels = _kernels()
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, _ = norm_sizes(tokens, dim)
     out = _contiguous_like(gate)
-    with torch.cuda.device_of(y):
-        kernels.gate_forward_kernel[(blocks * groups, )](
-            y, gate, weight, bias, out, tokens, groups, dim // tile.ALIGN,
-            _pitch(gate) // tile.ALIGN, *_counted(dim, 1, real), eps, **tile._asdict())
+    launch(_kernels().gate_forward_kernel, blocks * groups, (y, gate, weight, bias, out),
+           (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN,
+            *_counted(dim, 1, real), eps), **tile._asdict())
     return out
 
 
@@ -253,18 +250,16 @@ def _gate_forward_fake(y, gate, weight, bias, eps, real):
 def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
                    real: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y and gate and, (2, G, d) in float32, of weight and bias."""
-    kernels = _kernels()
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, together = norm_sizes(tokens, dim)
     parts = -(-blocks // together)
     dy, dgate = torch.empty_like(y), _contiguous_like(gate)
     sums = y.new_empty(parts, 2, groups, dim, dtype=torch.float32)
-    with torch.cuda.device_of(y):
-        kernels.gate_backward_kernel[(parts * groups, )](
-            grad.contiguous(), y, gate, weight, bias, dy, dgate, sums, tokens, groups,
-            dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together, *_counted(dim, 1, real), eps,
-            **tile._asdict())
+    launch(_kernels().gate_backward_kernel, parts * groups,
+           (grad.contiguous(), y, gate, weight, bias, dy, dgate, sums),
+           (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together,
+            *_counted(dim, 1, real), eps), **tile._asdict())
     return dy, dgate, sums.sum(0)
 
 
@@ -312,21 +307,17 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor,
                  total: Optional[Tensor], out: Tensor, eps: float, real: Optional[int]) -> None:
-    kernels = _kernels()
     dim = x.shape[-1]
     tokens = x.numel() // dim
     tile, blocks, _ = norm_sizes(tokens, dim)
-    with torch.cuda.device_of(x):
-        kernels.norm_forward_kernel[(blocks, )](
-            x, residual, weight, bias, total, out, tokens, dim // tile.ALIGN,
-            *_counted(dim, GROUPS, real), eps, **tile._asdict())
+    launch(_kernels().norm_forward_kernel, blocks, (x, residual, weight, bias, total, out),
+           (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), eps), **tile._asdict())
 
 
 def _launch_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor,
                           weight: Tensor, eps: float, real: Optional[int]
                           ) -> tuple[Tensor, Tensor]:
     """Gradients of what was normed and, (2, C) in float32, of weight and bias."""
-    kernels = _kernels()
     dim = total.shape[-1]
     tokens = total.numel() // dim
     tile, blocks, together = norm_sizes(tokens, dim)
@@ -335,10 +326,10 @@ def _launch_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Ten
     sums = total.new_empty(parts, 2, dim, dtype=torch.float32)
     if grad_total is not None:
         grad_total = grad_total.contiguous()
-    with torch.cuda.device_of(total):
-        kernels.norm_backward_kernel[(parts, )](
-            grad_total, grad.contiguous(), total, weight, dx, sums, tokens, dim // tile.ALIGN,
-            together, *_counted(dim, GROUPS, real), eps, **tile._asdict())
+    launch(_kernels().norm_backward_kernel, parts,
+           (grad_total, grad.contiguous(), total, weight, dx, sums),
+           (tokens, dim // tile.ALIGN, together, *_counted(dim, GROUPS, real), eps),
+           **tile._asdict())
     return dx, sums.sum(0)
 
 
@@ -447,13 +438,11 @@ def _image_sizes(x: Tensor) -> tuple[NormTile, int, int, int]:
 
 def _modulate_forward(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
                       eps: float, norm_dtype: torch.dtype, real: Optional[int]) -> Tensor:
-    kernels = _kernels()
     tile, tokens, tiles, _ = _image_sizes(x)
     out = torch.empty_like(y, dtype=norm_dtype)
-    with torch.cuda.device_of(y):
-        kernels.modulate_forward_kernel[(len(x) * tiles, )](
-            y, x, factor, weight, bias, out, tokens, x.shape[-1] // tile.ALIGN, tiles,
-            *_counted(x.shape[-1], GROUPS, real), eps, **tile._asdict())
+    launch(_kernels().modulate_forward_kernel, len(x) * tiles, (y, x, factor, weight, bias, out),
+           (tokens, x.shape[-1] // tile.ALIGN, tiles, *_counted(x.shape[-1], GROUPS, real), eps),
+           **tile._asdict())
     return out
 
 
@@ -466,16 +455,14 @@ def _modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weigh
                        ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y and x and, (batch, 3, C) in float32, each image's of weight, bias and
     factor."""
-    kernels = _kernels()
     tile, tokens, tiles, together = _image_sizes(x)
     parts = -(-tiles // together)
     dy, dx = torch.empty_like(y), torch.empty_like(x)
     sums = x.new_empty(len(x), parts, 3, x.shape[-1], dtype=torch.float32)
-    with torch.cuda.device_of(y):
-        kernels.modulate_backward_kernel[(len(x) * parts, )](
-            grad.contiguous(), y, x, factor, weight, dy, dx, sums, tokens,
-            x.shape[-1] // tile.ALIGN, parts, together, *_counted(x.shape[-1], GROUPS, real), eps,
-            **tile._asdict())
+    launch(_kernels().modulate_backward_kernel, len(x) * parts,
+           (grad.contiguous(), y, x, factor, weight, dy, dx, sums),
+           (tokens, x.shape[-1] // tile.ALIGN, parts, together,
+            *_counted(x.shape[-1], GROUPS, real), eps), **tile._asdict())
     return dy, dx, sums.sum(1)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .directional_scan import over_sequences
 from .directions import DIRECTIONS
+from .kernel_launch import launch
 from .operator import Operator
 
 _TRITON = (3, 6)  # what the kernels are tested with; tuples of tensors came after 3.1
@@ -229,9 +230,9 @@ def _summary(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Option
              rows: _Operand, A: Tensor, bias: Optional[Tensor], reverse: bool) -> Tensor:
     """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, 2, C)."""
     ends = A.new_empty(x.tensor.shape[0], plan.chunks, A.shape[1], 2, A.shape[0])
-    _kernels().summary_kernel[(plan.programs, )](
-        x.tensor, _tensor(delta), weight, rows.tensor, A, bias, ends, *plan.sizes,
-        *_strides(x, delta, rows), **plan.constants, REVERSE=reverse)
+    launch(_kernels().summary_kernel, plan.programs,
+           (x.tensor, _tensor(delta), weight, rows.tensor, A, bias, ends),
+           (*plan.sizes, *_strides(x, delta, rows)), **plan.constants, REVERSE=reverse)
     return ends
 
 
@@ -240,11 +241,10 @@ def _launch_forward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight:
                     y: Tensor, entry: Optional[Tensor]) -> None:
     """Fill y, which lies in memory as (batch, cell, channels), and, if it is given, entry. The step
     is `delta` or, of a map, `weight` times what stands first in its rows."""
-    with torch.cuda.device_of(x.tensor):
-        ends = _summary(plan, x, delta, weight, rows, A, bias, reverse=False)
-        _kernels().forward_kernel[(plan.programs, )](
-            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, ends, y, entry,
-            *plan.sizes, *_strides(x, delta, rows), **plan.constants, TILES=plan.tiles_at_once)
+    ends = _summary(plan, x, delta, weight, rows, A, bias, reverse=False)
+    launch(_kernels().forward_kernel, plan.programs,
+           (x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, ends, y, entry),
+           (*plan.sizes, *_strides(x, delta, rows)), **plan.constants, TILES=plan.tiles_at_once)
 
 
 def _launch_backward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
@@ -259,12 +259,12 @@ def _launch_backward(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight
     channels, states = A.shape
     sums = A.new_empty(x.tensor.shape[0], plan.chunks // plan.tile.CHUNKS,
                        states + 2 + plan.constants['RANK'], channels)
-    with torch.cuda.device_of(x.tensor):
-        ends = _summary(plan, grad, delta, weight, rows, A, bias, reverse=True)
-        _kernels().backward_kernel[(plan.programs, )](
-            x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, grad.tensor, ends, entry,
-            dx, ddelta, drows, sums, *plan.sizes, *_strides(x, delta, rows, grad),
-            **plan.constants, TILES=plan.tiles_at_once)
+    ends = _summary(plan, grad, delta, weight, rows, A, bias, reverse=True)
+    launch(_kernels().backward_kernel, plan.programs,
+           (x.tensor, _tensor(delta), weight, rows.tensor, A, D, bias, grad.tensor, ends, entry,
+            dx, ddelta, drows, sums),
+           (*plan.sizes, *_strides(x, delta, rows, grad)), **plan.constants,
+           TILES=plan.tiles_at_once)
     return sums.sum((0, 1))
 
 
