@@ -7,7 +7,7 @@ reproducible. Nothing is kept for the backward but what went in, and the sum tha
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -122,18 +122,18 @@ def _kernels() -> ModuleType:
     return import_module('.around_scan_triton_kernels', __package__)
 
 
-def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, activation: str) -> None:
+def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, **constants: Any) -> None:
     batch, height, width, channels = x.shape
     tile, rows, programs = conv_sizes(*x.shape, columns)
     align = _align(channels, 2)  # what a thread loads at once
     launch(getattr(_kernels(), kernel), programs * -(-channels // tile.CHANNELS), (x, *tensors),
            (batch, height, width, rows, channels // align, _pitch(x) // align),
-           ACTIVATION=activation, ALIGN=align, **tile._asdict())
+           **constants, ALIGN=align, **tile._asdict())
 
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     y = _contiguous_like(x)
-    _launch_conv('conv_forward_kernel', _FORWARD, x, weight, bias, y, activation=activation)
+    _launch_conv('conv_forward_kernel', _FORWARD, x, weight, bias, y, ACTIVATION=activation)
     return y
 
 
@@ -145,11 +145,18 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activa
                    ) -> tuple[Tensor, Tensor]:
     """Gradients of x and, (10, C) in float32, of the weight's nine taps and the bias."""
     dx = _contiguous_like(x)
+    return dx, conv_backward(grad, x, weight, bias, activation, dx)
+
+
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activation: str,
+                  dx: Tensor) -> Tensor:
+    """The gradients but for that of x, which fills dx; that is contiguous or has its pixels as far
+    apart as those of x."""
     programs = conv_sizes(*x.shape, _BACKWARD)[2]
     sums = x.new_empty(programs, 10, x.shape[-1], dtype=torch.float32)
     _launch_conv('conv_backward_kernel', _BACKWARD, x, grad.contiguous(), weight, bias, dx, sums,
-                 activation=activation)
-    return dx, sums.sum(0)
+                 ACTIVATION=activation, PITCHED=not dx.is_contiguous())
+    return sums.sum(0)
 
 
 def _conv_backward_fake(grad, x, weight, bias, activation):
@@ -250,17 +257,26 @@ def _gate_forward_fake(y, gate, weight, bias, eps, real):
 def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
                    real: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y and gate and, (2, G, d) in float32, of weight and bias."""
+    dgate = _contiguous_like(gate)
+    dy, sums = gate_backward(grad, y, gate, weight, bias, eps, real, dgate)
+    return dy, dgate, sums
+
+
+def gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                  real: Optional[int], dgate: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients but for the gate's, which fills dgate; that is contiguous or has its pixels as
+    far apart as those of the gate."""
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, together = norm_sizes(tokens, dim)
     parts = -(-blocks // together)
-    dy, dgate = torch.empty_like(y), _contiguous_like(gate)
+    dy = torch.empty_like(y)
     sums = y.new_empty(parts, 2, groups, dim, dtype=torch.float32)
     launch(_kernels().gate_backward_kernel, parts * groups,
            (grad.contiguous(), y, gate, weight, bias, dy, dgate, sums),
            (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together,
-            *_counted(dim, 1, real), eps), **tile._asdict())
-    return dy, dgate, sums.sum(0)
+            *_counted(dim, 1, real), eps), PITCHED=not dgate.is_contiguous(), **tile._asdict())
+    return dy, sums.sum(0)
 
 
 def _gate_backward_fake(grad, y, gate, weight, bias, eps, real):
@@ -314,21 +330,36 @@ def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Te
            (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), eps), **tile._asdict())
 
 
-def _launch_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor,
-                          weight: Tensor, eps: float, real: Optional[int]
-                          ) -> tuple[Tensor, Tensor]:
-    """Gradients of what was normed and, (2, C) in float32, of weight and bias."""
+def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
+                  eps: float, real: Optional[int], shift: Optional[Tensor] = None,
+                  keep: Optional[Tensor] = None, branch: Optional[Tensor] = None
+                  ) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed and, in float32, of weight and bias.
+
+    Args:
+        grad_total: Of the sum that was normed, from elsewhere.
+        grad: Of the norm.
+        total: What was normed, (B, H, W, C).
+        weight, eps, real: Of the norm.
+        shift: (B, C), added to each image's pixels of `grad`.
+        keep: One factor an image, for `branch`.
+        branch: (B, H, W, C), filled with the first gradient, times `keep`, in its own dtype.
+
+    Returns:
+        The gradient of `total`, and sums (2, C) or, with `branch`, (3, C): the third is its own.
+    """
     dim = total.shape[-1]
     tokens = total.numel() // dim
     tile, blocks, together = norm_sizes(tokens, dim)
     parts = -(-blocks // together)
     dx = torch.empty_like(total)
-    sums = total.new_empty(parts, 2, dim, dtype=torch.float32)
+    sums = total.new_empty(parts, 2 if branch is None else 3, dim, dtype=torch.float32)
     if grad_total is not None:
         grad_total = grad_total.contiguous()
     launch(_kernels().norm_backward_kernel, parts,
-           (grad_total, grad.contiguous(), total, weight, dx, sums),
-           (tokens, dim // tile.ALIGN, together, *_counted(dim, GROUPS, real), eps),
+           (grad_total, grad.contiguous(), total, weight, shift, keep, dx, branch, sums),
+           (tokens, dim // tile.ALIGN, together, tokens // len(total),
+            *_counted(dim, GROUPS, real), eps),
            **tile._asdict())
     return dx, sums.sum(0)
 
@@ -347,7 +378,7 @@ def _norm_forward_fake(x, weight, bias, eps, norm_dtype, real):
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, real: Optional[int]
                    ) -> tuple[Tensor, Tensor]:
     """Gradients of x and, (2, C) in float32, of weight and bias."""
-    return _launch_norm_backward(None, grad, x, weight, eps, real)
+    return norm_backward(None, grad, x, weight, eps, real)
 
 
 def _norm_backward_fake(grad, x, weight, eps, real):
@@ -386,7 +417,7 @@ def _add_norm_forward_fake(x, residual, weight, bias, eps, norm_dtype, real):
 def _add_norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
                        eps: float, real: Optional[int]) -> tuple[Tensor, Tensor]:
     """Gradients of the sum and, (2, C) in float32, of weight and bias."""
-    return _launch_norm_backward(grad_total, grad, total, weight, eps, real)
+    return norm_backward(grad_total, grad, total, weight, eps, real)
 
 
 def _add_norm_backward_fake(grad_total, grad, total, weight, eps, real):
@@ -455,15 +486,23 @@ def _modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weigh
                        ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y and x and, (batch, 3, C) in float32, each image's of weight, bias and
     factor."""
+    sums = x.new_empty(len(x), 3, x.shape[-1], dtype=torch.float32)
+    return *modulate_backward(grad, y, x, factor, weight, eps, real, sums), sums
+
+
+def modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weight: Tensor,
+                      eps: float, real: Optional[int], sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and x; the others', as above, fill sums."""
     tile, tokens, tiles, together = _image_sizes(x)
     parts = -(-tiles // together)
     dy, dx = torch.empty_like(y), torch.empty_like(x)
-    sums = x.new_empty(len(x), parts, 3, x.shape[-1], dtype=torch.float32)
+    partial = x.new_empty(len(x), parts, 3, x.shape[-1], dtype=torch.float32)
     launch(_kernels().modulate_backward_kernel, len(x) * parts,
-           (grad.contiguous(), y, x, factor, weight, dy, dx, sums),
+           (grad.contiguous(), y, x, factor, weight, dy, dx, partial),
            (tokens, x.shape[-1] // tile.ALIGN, parts, together,
             *_counted(x.shape[-1], GROUPS, real), eps), **tile._asdict())
-    return dy, dx, sums.sum(1)
+    torch.sum(partial, 1, out=sums)
+    return dy, dx
 
 
 def _modulate_backward_fake(grad, y, x, factor, weight, eps, real):
@@ -488,3 +527,51 @@ def _differentiate_modulate(ctx, backward, grad):
 MODULATE = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_backward,
                     _modulate_forward_fake, _modulate_backward_fake, _save_modulate,
                     _differentiate_modulate)
+
+
+def _affinity_sizes(channels: int) -> dict[str, int]:
+    """Compile-time sizes of the affinity's kernels: 8 hidden values at once, 16 of their weights a
+    thread."""
+    block = 1 << max(channels - 1, 15).bit_length()
+    return dict(ROWS=8, BLOCK=block, num_warps=max(4, block // 64))
+
+
+def affinity_forward(mean: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor,
+                     excite_bias: Tensor, skip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Channel affinity (equations 5 to 7) of the mean (B, C) of each image's tokens.
+
+    Args:
+        mean: (B, C).
+        squeeze, excite: Weights, (R, C) and (C, R).
+        squeeze_bias, excite_bias: (R,) and (C,).
+        skip: Of the layer, (1,).
+
+    Returns:
+        In float32: hidden values (B, R), affinity (B, C), affinity times skip (B, C).
+    """
+    hidden, channels = squeeze.shape
+    squeezed = mean.new_empty(len(mean), hidden, dtype=torch.float32)
+    affinity, factor = mean.new_empty(2, *mean.shape, dtype=torch.float32)
+    launch(_kernels().affinity_forward_kernel, len(mean),
+           (mean, squeeze, squeeze_bias, excite, excite_bias, skip, squeezed, affinity, factor),
+           (channels, hidden), **_affinity_sizes(channels))
+    return squeezed, affinity, factor
+
+
+def affinity_backward(sums: Tensor, affinity: Tensor, squeezed: Tensor, squeeze: Tensor,
+                      excite: Tensor, skip: Tensor, area: int) -> Tensor:
+    """The gradient (B, C) of each of an image's `area` tokens.
+
+    Args:
+        sums: Of each image, (B, 5, C) in float32, contiguous. The third row is the factor's
+            gradient. The fourth is filled with that of the affinity before its sigmoid, the fifth,
+            from left to right, with that of the hidden values before their ReLU and with the
+            image's share in skip's.
+        affinity, squeezed, squeeze, excite, skip: As forward.
+    """
+    hidden, channels = squeeze.shape
+    shift = torch.empty_like(affinity)
+    launch(_kernels().affinity_backward_kernel, len(sums),
+           (sums, affinity, squeezed, squeeze, excite, skip, shift), (channels, hidden, area),
+           **_affinity_sizes(channels))
+    return shift

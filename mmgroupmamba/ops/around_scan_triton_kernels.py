@@ -13,7 +13,7 @@ from .scan_triton_kernels import _reciprocal, _sigmoid
 
 # no recompilation when these become 1 or a multiple of 16
 RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks', 'tiles',
-           'parts', 'real', 'pitch']
+           'parts', 'area', 'real', 'pitch', 'channels', 'hidden']
 
 
 @triton.jit
@@ -175,9 +175,10 @@ def conv_forward_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def conv_backward_kernel(
         x, grad, weight, bias, dx, sums, batch, height, width, rows, units, pitch,
-        ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-        STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
+        ACTIVATION: tl.constexpr, PITCHED: tl.constexpr, ALIGN: tl.constexpr,
+        COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
     """dx, and the program's sums for the weight's nine taps and the bias: (program, 10, channel).
+    PITCHED, the pixels of dx are as far apart as those of x.
 
     Lanes as forward. The gradient dz before the activation is needed one pixel around the strip,
     and for it x two pixels around: z is computed again from x.
@@ -211,9 +212,12 @@ def conv_backward_kernel(
         dx_above += (zero, )
         dx_here += (zero, )
 
+    dx_lane = source if PITCHED else lane
+    dx_apart = apart if PITCHED else channels
+    dx_line = source_line if PITCHED else line
     x -= 2 * source_line + 2 * apart
     grad -= line + channels
-    dx -= 2 * line
+    dx -= 2 * dx_line
     above = _widen(_load_row(x, source, inside, first > 1, apart, COLUMNS + 4), COLUMNS + 4)
     x += source_line
     here = _widen(_load_row(x, source, inside, first > 0, apart, COLUMNS + 4), COLUMNS + 4)
@@ -244,11 +248,11 @@ def conv_backward_kernel(
                 done += dz[k + 2 - j] * taps[j]
                 middle += dz[k + 2 - j] * taps[3 + j]
                 after += dz[k + 2 - j] * taps[6 + j]
-            tl.store(dx + k * channels + lane, done.to(dx.dtype.element_ty),
+            tl.store(dx + k * dx_apart + dx_lane, done.to(dx.dtype.element_ty),
                      around[k + 1] & (row > first) & (row <= stop))
             next_above += (middle, )
             next_here += (after, )
-        dx += line
+        dx += dx_line
         dx_above = next_above
         dx_here = next_here
 
@@ -354,9 +358,10 @@ def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, pitch
 
 @triton.jit(do_not_specialize=RUNTIME)
 def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, groups, units,
-                         pitch, blocks, width, real, eps,
+                         pitch, blocks, width, real, eps, PITCHED: tl.constexpr,
                          ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dy and dgate; the sums for weight and bias over `blocks` tiles: (program, 2, channel)."""
+    """dy and dgate; the sums for weight and bias over `blocks` tiles: (program, 2, channel).
+    PITCHED, the tokens of dgate are as far apart as those of the gate."""
     dim = units * ALIGN
     counted, share = _counted(dim, width, real, BLOCK)
     group = tl.program_id(0) % groups
@@ -368,14 +373,14 @@ def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, g
     while block < (part + 1) * blocks:
         at, inside = _rows(block, group, tokens, groups, dim, ROWS, BLOCK)
         dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
-        g = tl.load(gate + _pitched(block, group, pitch * ALIGN, dim, ROWS, BLOCK), inside,
-                    other=0.).to(tl.float32)
+        at_gate = _pitched(block, group, pitch * ALIGN, dim, ROWS, BLOCK)
+        g = tl.load(gate + at_gate, inside, other=0.).to(tl.float32)
         value = tl.load(y + at, inside, other=0.).to(tl.float32)
         normed, scale = _normed(value, counted, share, eps)
         s = _sigmoid(g)
         through = dout * (g * s)  # of normed * w + b
         dg = dout * (normed * w + b) * (s * (1. + g * (1. - s)))
-        tl.store(dgate + at, dg.to(dgate.dtype.element_ty), inside)
+        tl.store(dgate + (at_gate if PITCHED else at), dg.to(dgate.dtype.element_ty), inside)
         dvalue = _normed_backward(through * w, normed, scale, counted, share)
         tl.store(dy + at, dvalue.to(dy.dtype.element_ty), inside)
         dweight += through * normed
@@ -406,33 +411,51 @@ def norm_forward_kernel(x, residual, weight, bias, total, out, tokens, units, wi
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def norm_backward_kernel(grad_total, grad, total, weight, dx, sums, tokens, units, blocks,
-                         width, real, eps,
+def norm_backward_kernel(grad_total, grad, total, weight, shift, keep, dx, branch, sums, tokens,
+                         units, blocks, area, width, real, eps,
                          ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of what was normed; those of weight and bias summed as in
-    gate_backward_kernel."""
+    gate_backward_kernel. An image is `area` tokens.
+
+    Where they are given: `shift`, one an image and channel, is added to the gradient that comes in;
+    `branch` gets the one that goes out, times `keep`, one an image, and the sums a third row, for
+    its own.
+    """
+    SUMS: tl.constexpr = 2 if branch is None else 3
     dim = units * ALIGN
     counted, share = _counted(dim, width, real, BLOCK)
     part = tl.program_id(0)
     w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbranch = tl.zeros((ROWS, BLOCK), tl.float32)
     block = part * blocks
     while block < (part + 1) * blocks:
         at, inside = _rows(block, 0, tokens, 1, dim, ROWS, BLOCK)
+        token = block * ROWS + tl.arange(0, ROWS)[:, None]
         dout = tl.load(grad + at, inside, other=0.).to(tl.float32)
+        if shift is not None:
+            dout += tl.load(shift + token // area * dim + column, inside, other=0.).to(tl.float32)
         value = tl.load(total + at, inside, other=0.).to(tl.float32)
         normed, scale = _normed(value, counted, share, eps)
         dvalue = _normed_backward(dout * w, normed, scale, counted, share)
         if grad_total is not None:
             dvalue += tl.load(grad_total + at, inside, other=0.).to(tl.float32)
         tl.store(dx + at, dvalue.to(dx.dtype.element_ty), inside)
+        if branch is not None:
+            if keep is not None:
+                dvalue *= tl.load(keep + token // area, token < tokens, other=0.).to(tl.float32)
+            rounded = dvalue.to(branch.dtype.element_ty)
+            tl.store(branch + at, rounded, inside)
+            dbranch += rounded.to(tl.float32)
         dweight += dout * normed
         dbias += dout
         block += 1
-    sums += part * 2 * dim + column
+    sums += part * SUMS * dim + column
     tl.store(sums, tl.sum(dweight, 0)[None, :], known)
     tl.store(sums + dim, tl.sum(dbias, 0)[None, :], known)
+    if branch is not None:
+        tl.store(sums + 2 * dim, tl.sum(dbranch, 0)[None, :], known)
 
 
 @triton.jit
@@ -496,3 +519,68 @@ def modulate_backward_kernel(grad, y, x, factor, weight, dy, dx, sums, tokens, u
     tl.store(sums, tl.sum(dweight, 0)[None, :], known)
     tl.store(sums + dim, tl.sum(dbias, 0)[None, :], known)
     tl.store(sums + 2 * dim, tl.sum(dfactor, 0)[None, :], known)
+
+
+@triton.jit
+def _matrix(weight, row, column, across, down, inside):
+    return tl.load(weight + row * across + column * down, inside, other=0.).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def affinity_forward_kernel(mean, squeeze, squeeze_bias, excite, excite_bias, skip, squeezed,
+                            affinity, factor, channels, hidden,
+                            ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Channel affinity of an image, a program, from the mean of its tokens; factor is the affinity
+    times skip. Of the hidden values ROWS at once."""
+    image = tl.program_id(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    known = column < channels
+    m = tl.load(mean + image * channels + column, known, other=0.).to(tl.float32)
+    z = tl.load(excite_bias + column, known, other=0.).to(tl.float32)
+    first = 0
+    while first < hidden:
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < hidden) & known
+        h = tl.sum(_matrix(squeeze, row, column, channels, 1, inside) * m, 1)[:, None]
+        h += tl.load(squeeze_bias + row, row < hidden, other=0.).to(tl.float32)
+        h = tl.where(h < 0, 0., h)
+        tl.store(squeezed + image * hidden + row, h, row < hidden)
+        z += tl.sum(_matrix(excite, row, column, 1, hidden, inside) * h, 0)[None, :]
+        first += ROWS
+    a = _sigmoid(z)
+    at = image * channels + column
+    tl.store(affinity + at, a, known)
+    tl.store(factor + at, a * tl.load(skip).to(tl.float32), known)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def affinity_backward_kernel(sums, affinity, squeezed, squeeze, excite, skip, shift, channels,
+                             hidden, area, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient `shift` of each of the image's `area` tokens.
+
+    In an image's sums, (5, channel), the third row is the factor's gradient. The fourth becomes the
+    gradient before the sigmoid, the fifth that of the hidden values before their ReLU and, behind
+    them, the image's share in skip's.
+    """
+    image = tl.program_id(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    known = column < channels
+    sums += (5 * image + 2) * channels
+    a = tl.load(affinity + image * channels + column, known, other=0.)
+    through = tl.load(sums + column, known, other=0.) * a
+    g = through * (1. - a) * tl.load(skip).to(tl.float32)
+    tl.store(sums + channels + column, g, known)
+    sums += 2 * channels
+    tl.store(sums + hidden, tl.sum(through))
+    dmean = tl.zeros((1, BLOCK), tl.float32)
+    first = 0
+    while first < hidden:
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < hidden) & known
+        h = tl.sum(_matrix(excite, row, column, 1, hidden, inside) * g, 1)[:, None]
+        active = tl.load(squeezed + image * hidden + row, row < hidden, other=0.) > 0
+        h = tl.where(active, h, 0.)
+        tl.store(sums + row, h, row < hidden)
+        dmean += tl.sum(_matrix(squeeze, row, column, channels, 1, inside) * h, 0)[None, :]
+        first += ROWS
+    tl.store(shift + image * channels + column, dmean / area, known)

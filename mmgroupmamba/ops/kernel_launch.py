@@ -1,8 +1,8 @@
 """Launching a Triton kernel, at less cost to the host where it was launched like this before.
 
 Triton looks at every argument of every launch to find the compiled kernel, which takes longer than
-many kernels here. What it finds depends on no more than the key below holds, so it is asked once for
-each key.
+many kernels here. What it finds depends on no more than the key below holds, so it is asked once
+for each key.
 """
 from typing import Any, Optional, Union
 
@@ -23,7 +23,7 @@ def launch(kernel: Any, programs: int, tensors: tuple[Optional[Tensor], ...],
         programs: How many.
         tensors: A None among them is compiled in.
         numbers: Of the same types in every launch of a kernel.
-        constants: All that is ``tl.constexpr``.
+        constants: All that is ``tl.constexpr``, and options such as num_warps.
     """
     device = next(t for t in tensors if t is not None).get_device()
     key = (id(kernel), device, numbers, *constants.values(),

@@ -25,7 +25,7 @@ from .precision import linear_dtype, without_autocast
 from .selective_scan import resolve_backend
 
 _GROUPED = 4  # of the weights, how many are grouped linear maps
-_LINEAR = 14  # and how many stand in matrix products
+_LINEAR = 10  # and how many stand in matrix products
 _ALIGN = 8  # values in 16 bytes of half precision: where a large matrix starts
 
 
@@ -44,11 +44,12 @@ class BlockWeights(NamedTuple):
     proj_bias: Tensor
     fc1_bias: Tensor
     fc2_bias: Tensor
-    excite: Tensor  # the affinity's, (C, C / 16)
-    excite_bias: Tensor
-    squeeze: Tensor  # (C / 16, C)
-    squeeze_bias: Tensor
     # from here on, what kernels read
+    squeeze: Tensor  # the affinity's, (C / 16, C)
+    squeeze_bias: Tensor
+    excite: Tensor  # (C, C / 16)
+    excite_bias: Tensor
+    skip_scale: Tensor  # (1,)
     norm: Tensor
     norm_bias: Tensor
     conv: Tensor  # (C, 1, 3, 3)
@@ -59,7 +60,6 @@ class BlockWeights(NamedTuple):
     D: Tensor
     group_norm: Tensor  # (4, d)
     group_norm_bias: Tensor
-    skip_scale: Tensor  # (1,)
     ffn_norm: Tensor
     ffn_norm_bias: Tensor
     ffn_conv: Tensor  # (D, 1, 3, 3)
@@ -77,7 +77,7 @@ class _Layer(NamedTuple):
     scanned: Tensor  # (B, H, W, 4, d)
     gated: Tensor
     out: Tensor
-    mean: Tensor  # (B, C)
+    mean: Tensor  # (B, C), like what follows in float32
     squeezed: Tensor  # (B, C / 16)
     affinity: Tensor  # (B, C)
     factor: Tensor  # (B, 1, 1, C)
@@ -166,12 +166,14 @@ class _TrainingBlock(torch.autograd.Function):
         of: dict[str, Tensor] = {}
         with without_autocast(grad.device.type):
             dtype = ffn.wide.dtype
-            grad_total = _ffn_backward(_scaled(grad, ffn_keep, dtype), grad_total, ffn, w,
-                                       ctx.ffn_eps, of)
-            dx = _layer_backward(_scaled(grad_total, layer_keep, dtype), grad_total, layer, w,
-                                 ctx.eps, of)
+            grad_total, grad = _ffn_backward(_scaled(grad, ffn_keep, dtype), grad_total,
+                                             layer_keep, ffn, w, ctx.ffn_eps, of)
+            of_x, of_branch = _layer_backward(grad, grad_total, ctx.map_dtypes[1], layer, w,
+                                              ctx.eps, of)
             grads = _of_weights(of, w, ctx.shapes, ctx.dtypes)
-            of_x, of_branch = (None if d is None else dx.to(d) for d in ctx.map_dtypes)
+            of_x = of_x.to(ctx.map_dtypes[0])
+            if ctx.map_dtypes[1] is None:
+                of_branch = None
         return (of_x, of_branch, None, None, None, *grads)
 
 
@@ -191,10 +193,10 @@ def _layer_forward(x: Tensor, branch: Optional[Tensor], w: BlockWeights, eps: fl
     gated = around.GATE.forward(scanned, joint[..., channels:], w.group_norm, w.group_norm_bias,
                                  1e-5, None)
     out = F.linear(gated, w.out_proj)
-    mean = normed.mean((1, 2))
-    squeezed = torch.addmm(w.squeeze_bias, mean, w.squeeze.t()).relu_()
-    affinity = torch.addmm(w.excite_bias, squeezed, w.excite.t()).sigmoid_()
-    factor = (affinity * w.skip_scale).view(-1, 1, 1, channels)
+    mean = normed.mean((1, 2), dtype=torch.float32)
+    squeezed, affinity, factor = around.affinity_forward(
+        mean, w.squeeze, w.squeeze_bias, w.excite, w.excite_bias, w.skip_scale)
+    factor = factor.view(-1, 1, 1, channels)
     modulated = around.MODULATE.forward(out, normed, factor, w.norm, w.norm_bias, eps, dtype, None)
     layer = _Layer(total, normed, joint, convolved, rows, states, scanned, gated, out, mean,
                    squeezed, affinity, factor, modulated)
@@ -210,41 +212,48 @@ def _ffn_forward(x: Tensor, branch: Tensor, w: BlockWeights, eps: float, dtype: 
     return _FeedForward(total, normed, wide), F.linear(activated, w.fc2, w.fc2_bias)
 
 
-def _ffn_backward(grad: Tensor, grad_total: Tensor, ffn: _FeedForward, w: BlockWeights,
-                  eps: float, of: dict[str, Tensor]) -> Tensor:
-    """The gradient of the sum before the feed-forward; those of weights go into `of`."""
+def _ffn_backward(grad: Tensor, grad_total: Tensor, keep: Optional[Tensor], ffn: _FeedForward,
+                  w: BlockWeights, eps: float, of: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum before the feed-forward, and times `keep` in the dtype of products;
+    those of weights go into `of`."""
     conv = ffn.wide, w.ffn_conv, w.ffn_conv_bias
     of['fc2'] = _of_weight(grad, around.CONV.forward(*conv, 'gelu'))
     of['fc2_bias'] = _rows(grad).sum(0)
     grad, sums = around.CONV.backward(grad @ w.fc2, *conv, 'gelu')
-    of['ffn_conv'], of['ffn_conv_bias'] = _of_conv(sums)
+    of['ffn_conv'], of['ffn_conv_bias'] = _taps(sums), sums[9]
     of['fc1'], of['fc1_bias'] = _of_weight(grad, ffn.normed), _rows(grad).sum(0)
-    grad = grad @ w.fc1
-    grad, sums = around.ADD_NORM.backward(grad_total, grad, ffn.total, w.ffn_norm, eps, None)
-    of['ffn_norm'], of['ffn_norm_bias'] = sums
-    return grad
+    branch = grad.new_empty(ffn.total.shape)
+    grad, sums = around.norm_backward(grad_total, grad @ w.fc1, ffn.total, w.ffn_norm, eps, None,
+                                      keep=keep, branch=branch)
+    of['ffn_norm'], of['ffn_norm_bias'], of['proj_bias'] = sums
+    return grad, branch
 
 
-def _layer_backward(grad: Tensor, grad_total: Tensor, layer: _Layer, w: BlockWeights, eps: float,
-                    of: dict[str, Tensor]) -> Tensor:
-    """The gradient of the sum before the layer; those of weights go into `of`."""
-    channels = grad.shape[-1]
-    of['proj'], of['proj_bias'] = _of_weight(grad, layer.modulated), _rows(grad).sum(0)
-    grad, dnormed, sums = around.MODULATE.backward(
-        grad @ w.proj, layer.out, layer.normed, layer.factor, w.norm, eps, None)
-    norm_sums = sums[:, :2].sum(0)
-    dnormed += _affinity_backward(sums[:, 2], layer, w, of).view(-1, 1, 1, channels)
+def _layer_backward(grad: Tensor, grad_total: Tensor, branch_dtype: Optional[torch.dtype],
+                    layer: _Layer, w: BlockWeights, eps: float, of: dict[str, Tensor]
+                    ) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum before the layer, and the same in the branch's dtype, if there is a
+    branch; those of weights go into `of`."""
+    batch, height, width, channels = grad.shape
+    of['proj'] = _of_weight(grad, layer.modulated)
+    image_sums = layer.mean.new_empty(batch, 5, channels)
+    grad, dnormed = around.modulate_backward(grad @ w.proj, layer.out, layer.normed, layer.factor,
+                                             w.norm, eps, None, image_sums[:, :3])
+    shift = around.affinity_backward(image_sums, layer.affinity, layer.squeezed, w.squeeze,
+                                     w.excite, w.skip_scale, height * width)
+    hidden = len(w.squeeze)
+    of['excite'] = image_sums[:, 3].t() @ layer.squeezed
+    of['squeeze'] = image_sums[:, 4, :hidden].t() @ layer.mean
+    image_sums = image_sums.sum(0)
+    of['excite_bias'] = image_sums[3]
+    of['squeeze_bias'], of['skip_scale'] = image_sums[4, :hidden], image_sums[4, hidden:hidden + 1]
 
     of['out_proj'] = _of_weight(grad, layer.gated)
-    before_conv, gate = layer.joint[..., :channels], layer.joint[..., channels:]
-    grad, dgate, sums = around.GATE.backward(
-        grad @ w.out_proj, layer.scanned, gate, w.group_norm, w.group_norm_bias, 1e-5,
-        None)
+    djoint = torch.empty_like(layer.joint)
+    (before_conv, gate), (dbefore_conv, dgate) = (t.chunk(2, -1) for t in (layer.joint, djoint))
+    grad, sums = around.gate_backward(grad @ w.out_proj, layer.scanned, gate, w.group_norm,
+                                      w.group_norm_bias, 1e-5, None, dgate)
     of['group_norm'], of['group_norm_bias'] = sums
-    of['gate_proj'] = _of_weight(dgate, layer.normed)
-    _rows(dnormed).addmm_(_rows(dgate), w.gate_proj)
-    del dgate
-
     grad, drows, sums = scan_triton.MAPS.backward(
         grad, _grouped(layer.convolved), layer.rows, w.dt_proj, w.A_log, w.D, w.dt_bias,
         layer.states)
@@ -253,27 +262,17 @@ def _layer_backward(grad: Tensor, grad_total: Tensor, layer: _Layer, w: BlockWei
     grad, drows = grad.flatten(3), drows.flatten(3)
     of['x_proj'] = _of_weight(drows, layer.convolved)
     _rows(grad).addmm_(_rows(drows), w.x_proj)
-    grad, sums = around.CONV.backward(grad, before_conv, w.conv, w.conv_bias, 'silu')
-    of['conv'], of['conv_bias'] = _of_conv(sums)
-    of['in_proj'] = _of_weight(grad, layer.normed)
-    _rows(dnormed).addmm_(_rows(grad), w.in_proj)
-    grad, sums = around.ADD_NORM.backward(grad_total, dnormed, layer.total, w.norm, eps, None)
-    of['norm'], of['norm_bias'] = sums + norm_sums
-    return grad
-
-
-def _affinity_backward(dfactor: Tensor, layer: _Layer, w: BlockWeights, of: dict[str, Tensor]
-                       ) -> Tensor:
-    """The gradient of each token of the normed map, (B, C), of its mean's (B, C)."""
-    through = dfactor * layer.affinity
-    of['skip_scale'] = through.sum().view(1)
-    through = torch.addcmul(through, through, layer.affinity, value=-1)
-    grad = (through * w.skip_scale).to(layer.squeezed.dtype)
-    of['excite'], of['excite_bias'] = grad.t() @ layer.squeezed, grad.sum(0)
-    grad = (grad @ w.excite) * (layer.squeezed > 0)
-    of['squeeze'], of['squeeze_bias'] = grad.t() @ layer.mean, grad.sum(0)
-    _, height, width, _ = layer.normed.shape
-    return (grad @ w.squeeze).div_(height * width)
+    sums = around.conv_backward(grad, before_conv, w.conv, w.conv_bias, 'silu', dbefore_conv)
+    of['conv'], of['conv_bias'] = _taps(sums), sums[9]
+    of['in_proj'], of['gate_proj'] = _of_weight(djoint, layer.normed).chunk(2)
+    _rows(dnormed).addmm_(_rows(djoint), _two(w.in_proj, w.gate_proj))
+    branch = None
+    if branch_dtype not in (None, layer.total.dtype):
+        branch = dnormed.new_empty(dnormed.shape, dtype=branch_dtype)
+    grad, sums = around.norm_backward(grad_total, dnormed, layer.total, w.norm, eps, None,
+                                      shift=shift, branch=branch)
+    of['norm'], of['norm_bias'] = sums[:2] + image_sums[:2]
+    return grad, grad if branch is None else branch
 
 
 def _scaled(x: Tensor, factor: Optional[Tensor], dtype: torch.dtype) -> Tensor:
@@ -282,9 +281,9 @@ def _scaled(x: Tensor, factor: Optional[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
 
 
-def _of_conv(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias from those of nine taps and the bias, (10, C)."""
-    return sums[:9].t().view(-1, 1, 3, 3), sums[9]
+def _taps(sums: Tensor) -> Tensor:
+    """The gradient of a convolution's weight from those of its nine taps, first in (10, C)."""
+    return sums[:9].t().view(-1, 1, 3, 3)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,13 +9,21 @@ import pytest
 import torch
 import torch.nn as nn
 from test_around_scan import randn
-from test_scan_triton import by_a_subprocess, passed_in_the_interpreter, runs, small_tiles
+from test_scan_triton import (
+    Recorder,
+    by_a_subprocess,
+    compile_launch,
+    compiles,
+    passed_in_the_interpreter,
+    runs,
+    small_tiles,
+)
 from test_selective_scan import DEVICE, relative
 from torch.utils.checkpoint import checkpoint
 
 from mmgroupmamba.models import layers
 from mmgroupmamba.models.layers import Block
-from mmgroupmamba.ops import FUSED_OPS, block_diagonal, training_block
+from mmgroupmamba.ops import FUSED_OPS, around_scan_triton, block_diagonal, training_block
 from mmgroupmamba.ops.training_block import _places, _prepare
 
 CHANNELS = 20
@@ -138,6 +146,73 @@ def test_same_bits_again_and_recomputed(calls):
     assert len(calls) == 3
     for one, other in zip((first, *grads.values()), (second, *again.values())):
         assert torch.equal(one, other)
+
+
+@runs
+@pytest.mark.parametrize('channels, hidden', [(20, 1), (37, 8), (65, 11)])
+def test_affinity_is_the_layers(channels, hidden):
+    """Values, and gradients in all tokens of images of six."""
+    torch.manual_seed(0)
+    affinity = layers.ChannelAffinity(channels).to(DEVICE).double()
+    affinity.fc1 = nn.Linear(channels, hidden).to(DEVICE).double()
+    affinity.fc2 = nn.Linear(hidden, channels).to(DEVICE).double()
+    x = randn(3, 2, 3, channels).requires_grad_()
+    skip = torch.full((1, ), 0.7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    factor = skip * affinity(x)
+    dfactor = randn(3, channels, seed=1)
+    want = torch.autograd.grad(factor, [x, skip, *affinity.parameters()],
+                               dfactor.view(factor.shape))
+
+    squeeze, squeeze_bias, excite, excite_bias = (p.detach().float()
+                                                  for p in affinity.parameters())
+    mean = x.detach().mean((1, 2)).float()
+    squeezed, values, got = around_scan_triton.affinity_forward(
+        mean, squeeze, squeeze_bias, excite, excite_bias, skip.detach().float())
+    assert relative(got, factor.flatten(1)) < 1e-6
+    assert hidden == 1 or (squeezed == 0).any() and (squeezed > 0).any()
+    sums = torch.full((3, 5, channels), torch.nan, device=DEVICE)
+    sums[:, 2] = dfactor
+    shift = around_scan_triton.affinity_backward(
+        sums, values, squeezed, squeeze, excite, skip.detach().float(), 6)
+    before_sigmoid, before_relu = sums[:, 3], sums[:, 4, :hidden]
+    grads = (shift[:, None, None].expand(x.shape), sums[:, 4, hidden].sum().view(1),
+             before_relu.t() @ mean, before_relu.sum(0), before_sigmoid.t() @ squeezed,
+             before_sigmoid.sum(0))
+    for got, expected in zip(grads, want):
+        assert got.shape == expected.shape and relative(got, expected) < 2e-6
+
+
+@compiles
+@pytest.mark.parametrize('arch', [80, 90])
+@pytest.mark.parametrize('channels', [64, 348, 512])
+def test_compiles_without_spills(monkeypatch, channels, arch):
+    """What is launched otherwise than by the operators."""
+    from mmgroupmamba.ops import around_scan_triton_kernels, scan_triton_kernels
+
+    launches = []
+    for name in dir(around_scan_triton_kernels):
+        if name.endswith('_kernel'):
+            kernel = getattr(around_scan_triton_kernels, name)
+            monkeypatch.setattr(around_scan_triton_kernels, name, Recorder(kernel, launches))
+    for name in ('summary_kernel', 'forward_kernel', 'backward_kernel'):
+        kernel = getattr(scan_triton_kernels, name)
+        monkeypatch.setattr(scan_triton_kernels, name, Recorder(kernel, []))
+    x = torch.empty(2, 4, 4, channels, requires_grad=True)
+    branch = torch.empty_like(x, dtype=torch.bfloat16, requires_grad=True)
+    keep = torch.ones(2, 2, 1, 1, 1)
+    with torch.autocast('cpu', torch.bfloat16):
+        maps = training_block(x, branch, keep, Block(channels, 1)._weights(), 1e-5, 1e-6)
+    torch.autograd.grad(maps, [x, branch], [torch.empty_like(y) for y in maps])
+    monkeypatch.undo()
+    others = [(kernel, a) for kernel, a in launches if 'affinity' in kernel.__name__
+              or a.get('PITCHED') or a.get('branch') is not None]
+    assert [kernel.__name__ for kernel, _ in others] == [
+        'affinity_forward_kernel', 'norm_backward_kernel', 'affinity_backward_kernel',
+        'gate_backward_kernel', 'conv_backward_kernel', 'norm_backward_kernel']
+    for kernel, arguments in others:
+        registers, spilled = compile_launch(kernel, arguments, arch)
+        print(f'{kernel.__name__} on sm_{arch}: {registers} registers')
+        assert spilled == 0, kernel.__name__
 
 
 @runs
