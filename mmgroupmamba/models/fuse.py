@@ -18,7 +18,7 @@ from mmgroupmamba.ops import block_diagonal, linear_dtype, with_padding, without
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
-from .layers import Block, DepthwiseConv, GroupedLinear, GroupedSSM, Stem
+from .layers import Block, DepthwiseConv, GroupedLinear, GroupedSSM, ModulatedGroupMamba, Stem
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
     before, so checkpoints are loaded first and it is not saved.
 
     Args:
-        model: Any model around our backbone, or a part of one, on the device it will run on.
+        model: Any model around our backbone, or one of its layers, on the device it will run on.
         autocast_dtype: Of the autocast it will run under, if it will: what autocast would cast in
             every forward pass of the backbone is cast here once. Outputs are as under autocast,
             which must be on then.
@@ -48,7 +48,9 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
     Raises:
         ValueError: There is no GroupMamba in it.
     """
-    if not any(isinstance(module, GroupMamba) for module in model.modules()):
+    parts: list[nn.Module] = [m for m in model.modules() if isinstance(m, GroupMamba)]
+    parts = parts or [m for m in model.modules() if isinstance(m, ModulatedGroupMamba)]
+    if not parts:
         raise ValueError(f'{type(model).__name__} has no GroupMamba in it: there is nothing of '
                          'ours to fuse')
     model.eval()
@@ -57,15 +59,16 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
         if getattr(module, 'dist_fc', None) is not None:
             _fold_heads(module)
     # below, what is done already stays as it is
-    for backbone in [m for m in model.modules() if isinstance(m, GroupMamba)]:
-        if next(backbone.parameters()).is_cuda:
-            pad_channels(backbone)
-            _join_groups(backbone)
-            _pack_pixels(backbone)
-            for module in [m for m in backbone.modules() if isinstance(m, Stem)]:
+    for part in parts:
+        if next(part.parameters()).is_cuda:
+            if isinstance(part, GroupMamba):
+                pad_channels(part)
+            _join_groups(part)
+            _pack_pixels(part)
+            for module in [m for m in part.modules() if isinstance(m, Stem)]:
                 _join_activations(module.convs)
         if autocast_dtype is not None:
-            _cast_maps(backbone, autocast_dtype)
+            _cast_maps(part, autocast_dtype)
     return model.requires_grad_(False)
 
 
@@ -180,9 +183,9 @@ def _pad_block(block: Block, real: int, width: int) -> None:
             module.in_channels = module.out_channels = module.groups = len(module.weight)
 
 
-def _join_groups(backbone: GroupMamba) -> None:
+def _join_groups(part: nn.Module) -> None:
     """Each grouped linear map as one; where kernels read parts of a map, two of them as one."""
-    for ssm in [m for m in backbone.modules() if isinstance(m, GroupedSSM)]:
+    for ssm in [m for m in part.modules() if isinstance(m, GroupedSSM)]:
         names = [name for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj')
                  if isinstance(getattr(ssm, name), GroupedLinear)]
         for name in names:
@@ -212,9 +215,9 @@ class _Squares(nn.Module):
         return packed.permute(0, 3, 1, 2)
 
 
-def _pack_pixels(backbone: GroupMamba) -> None:
+def _pack_pixels(part: nn.Module) -> None:
     """The stem's first convolution over :class:`_Squares`."""
-    for stem in [m for m in backbone.modules() if isinstance(m, Stem)]:
+    for stem in [m for m in part.modules() if isinstance(m, Stem)]:
         conv = stem.convs[0]
         if not isinstance(conv, nn.Conv2d):  # done already
             continue
@@ -268,8 +271,8 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear.eval()
 
 
-def _cast_maps(backbone: GroupMamba, dtype: torch.dtype) -> None:
-    for module in backbone.modules():
+def _cast_maps(part: nn.Module, dtype: torch.dtype) -> None:
+    for module in part.modules():
         depthwise = isinstance(module, DepthwiseConv)  # its kernel reads float32
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not depthwise:
             module.to(dtype)

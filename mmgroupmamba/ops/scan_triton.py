@@ -203,10 +203,11 @@ class _Operand(NamedTuple):
 
 def _by_cells(x: Tensor) -> _Operand:
     """Of (batch, H, W, groups, values); copied only where H and W are not one dimension."""
-    if x.stride(1) != x.shape[2] * x.stride(2) and x.shape[1] > 1:
-        x = x.contiguous()
+    _, height, width, _, _ = x.shape
     batch, row, cell, group, value = x.stride()
-    return _Operand(x, (batch, group, value, cell if x.shape[2] > 1 else row))
+    if row != width * cell and height > 1:
+        return _by_cells(x.contiguous())
+    return _Operand(x, (batch, group, value, cell if width > 1 else row))
 
 
 def _by_tokens(x: Tensor, groups: int) -> _Operand:

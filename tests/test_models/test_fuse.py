@@ -18,7 +18,12 @@ from mmgroupmamba.models.fuse import (
     _pack_pixels,
     pad_channels,
 )
-from mmgroupmamba.models.layers import GroupedSSM
+from mmgroupmamba.models.layers import (
+    GroupedLinear,
+    GroupedSSM,
+    ModulatedGroupMamba,
+    init_weights,
+)
 from mmgroupmamba.registry import HOOKS
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -167,6 +172,19 @@ def test_activations_joined(monkeypatch, fault):
         assert relative(model(image)[0], want[0]) < 1e-5
     joined = sum(isinstance(m, _ConvReLU) for m in model.modules())
     assert joined == (0 if fault else 3)
+
+
+def test_a_layer(monkeypatch):
+    layer = stirred(ModulatedGroupMamba(24).apply(init_weights))
+    x = torch.randn(2, 5, 3, 24)
+    with torch.no_grad():
+        want = layer(x)
+        monkeypatch.setattr(torch.Tensor, 'is_cuda', property(lambda self: True))
+        assert fuse(layer) is layer
+        assert relative(layer(x), want) < 1e-5
+    assert not any(isinstance(module, GroupedLinear) and module is not layer.ssm.dt_proj
+                   for module in layer.modules())
+    assert fuse(layer, torch.bfloat16).ssm.x_proj.weight.dtype == torch.bfloat16
 
 
 def test_cast_for_autocast_changes_nothing():

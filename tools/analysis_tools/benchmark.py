@@ -399,11 +399,11 @@ class Benchmark:
                  for layout in layouts]
         if args.with_cp and isinstance(contestant, Ours) and subject not in OF_A_MAP:
             modes.append(Mode(with_cp=True))
-        if args.fuse and isinstance(contestant, Ours) and subject not in OF_A_MAP:
+        if args.fuse and isinstance(contestant, Ours):
             modes.append(Mode(folded=True))
         best = Mode()
         if isinstance(contestant, Ours):
-            best = Mode(folded=args.fuse and subject not in OF_A_MAP,
+            best = Mode(folded=args.fuse,
                         fused_ops=bool(args.fused_ops) and subject != 'scan')
         if best.fused_ops:
             modes.append(Mode(fused_ops=True))
