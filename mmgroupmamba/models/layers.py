@@ -24,8 +24,10 @@ from mmgroupmamba.ops import (
     depthwise_conv,
     depthwise_conv_linear,
     directional_scan,
+    feed_forward,
     gated_layer_norm,
     grouped_linear,
+    infers_on_cpu,
     layer_norm,
     linear_dtype,
     modulate_layer_norm,
@@ -252,22 +254,6 @@ class ModulatedGroupMamba(nn.Module):
         return self.proj(self.norm(y * x * factor))
 
 
-class WideningLinear(nn.Linear):
-    """Linear map to many more channels: (B, H, W, C_in) -> (B, H, W, C_out).
-
-    On CPU in eager inference as the 1x1 convolution that it is: that adds the bias within the
-    product, where torch's linear layer first fills its output with it, and here the output is the
-    block's widest map.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if x.device.type != 'cpu' or torch.is_grad_enabled() or traced:
-            return super().forward(x)
-        weight = self.weight[:, :, None, None]
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
-
-
 class ConvFFN(nn.Module):
     """Feed-forward with a depthwise convolution before its GELU: (B, H, W, C) in and out."""
 
@@ -276,13 +262,18 @@ class ConvFFN(nn.Module):
                  hidden_channels: int,
                  fused_ops: Sequence[str] = ()) -> None:
         super().__init__()
-        self.fc1 = WideningLinear(channels, hidden_channels)
+        self.fc1 = nn.Linear(channels, hidden_channels)
         self.conv = DepthwiseConv(hidden_channels, 'gelu', fused_ops)
         self.fc2 = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, conv, fc2 = self.fc1(x), self.conv, self.fc2
-        if conv.backend == 'torch':
+        fc1, conv, fc2 = self.fc1, self.conv, self.fc2
+        as_defined = conv.backend == 'torch'
+        if as_defined and infers_on_cpu(x) and all(map(is_plain, (fc1, conv, fc2))):
+            return feed_forward(x, fc1.weight, fc1.bias, conv.weight, conv.bias, conv.activation,
+                                fc2.weight, fc2.bias)
+        x = fc1(x)
+        if as_defined:
             return fc2(conv(x))
         return depthwise_conv_linear(x, conv.weight, conv.bias, conv.activation, fc2.weight,
                                      fc2.bias, conv.backend)
@@ -349,8 +340,7 @@ class Block(nn.Module):
                    affinity.fc2, mixer.proj, ffn.fc1, ffn.fc2, ssm.dt_proj)
         others = mixer.norm, ssm.conv, ssm.norm, self.norm, ffn.conv
         for module in (mixer, ssm, affinity, ffn, *linears, *others):
-            if (type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks
-                    or module._backward_hooks or module._backward_pre_hooks):
+            if not is_plain(module):
                 return None
         in_proj, gate_proj, x_proj, out_proj, squeeze, excite, proj, fc1, fc2, dt_proj = linears
         norm, conv, group_norm, ffn_norm, ffn_conv = others
@@ -377,8 +367,15 @@ class Block(nn.Module):
         return factors.bernoulli_(1 - dropped).div_(1 - dropped)
 
 
-_PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLinear, WideningLinear,
-          nn.Linear, LayerNorm, GatedLayerNorm, DepthwiseConv}
+_PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLinear, nn.Linear,
+          LayerNorm, GatedLayerNorm, DepthwiseConv}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is as it is here, not replaced and without a hook, so that a function may
+    compute in its place."""
+    return type(module) in _PLAIN and not (module._forward_hooks or module._forward_pre_hooks
+                                           or module._backward_hooks or module._backward_pre_hooks)
 
 
 class Stem(nn.Module):

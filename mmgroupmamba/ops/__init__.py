@@ -13,6 +13,8 @@ from .around_scan import (
 )
 from .directional_scan import block_diagonal, directional_scan, grouped_linear
 from .directions import DIRECTIONS, from_sequences, to_sequences
+from .feed_forward import feed_forward
+from .operator import infers_on_cpu
 from .precision import linear_dtype
 from .selective_scan import (
                           BackendUnavailableError,
@@ -25,9 +27,9 @@ from .training_block import BlockWeights, training_block, trains_whole
 
 __all__ = [
     'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'BlockWeights', 'add_layer_norm',
-    'available_backends', 'block_diagonal', 'check_backend', 'check_fused_ops',
-    'depthwise_conv', 'depthwise_conv_linear', 'directional_scan', 'from_sequences',
-    'gated_layer_norm', 'grouped_linear', 'layer_norm', 'linear_dtype', 'modulate_layer_norm',
-    'resolve_backend', 'selective_scan', 'to_sequences', 'training_block', 'trains_whole',
-    'with_padding', 'without_padding'
+    'available_backends', 'block_diagonal', 'check_backend', 'check_fused_ops', 'depthwise_conv',
+    'depthwise_conv_linear', 'directional_scan', 'feed_forward', 'from_sequences',
+    'gated_layer_norm', 'grouped_linear', 'infers_on_cpu', 'layer_norm', 'linear_dtype',
+    'modulate_layer_norm', 'resolve_backend', 'selective_scan', 'to_sequences', 'training_block',
+    'trains_whole', 'with_padding', 'without_padding'
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import around_scan_triton
 from .directions import DIRECTIONS
+from .operator import infers_on_cpu
 from .precision import cast, without_autocast
 from .selective_scan import BackendUnavailableError, default_device
 
@@ -326,8 +327,9 @@ def gated_layer_norm(y: Tensor,
         else:
             normed = F.layer_norm(y[..., :real], (real, ), eps=eps)
             normed = F.pad(normed, (0, grouped[1] - real))
-        normed = torch.addcmul(bias, normed, weight).flatten(-2)
-        return normed.to(gate.dtype) * F.silu(gate)
+        normed = torch.addcmul(bias, normed, weight, out=normed if infers_on_cpu(y) else None)
+        normed = normed.flatten(-2).to(gate.dtype)
+        return torch.mul(normed, F.silu(gate), out=normed if infers_on_cpu(gate) else None)
 
 
 def _module(operator: str, backend: str, device_type: str) -> Optional[ModuleType]:

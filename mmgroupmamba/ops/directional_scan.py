@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .directions import DIRECTIONS, from_sequences, to_sequences
-from .operator import traced
+from .operator import infers_on_cpu, traced
 from .precision import cast, linear_dtype, without_autocast
 from .selective_scan import backend_module, resolve_backend
 
@@ -120,10 +120,13 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
     if x.is_cuda:
         return F.linear(x, block_diagonal(weight, linear_dtype(x)), bias)
     tokens = x.reshape(-1, groups, inputs).transpose(0, 1)  # (G, tokens, in)
+    out = None
+    if infers_on_cpu(x) and weight.dtype == x.dtype:  # else a copy puts the groups side by side
+        out = x.new_empty(tokens.shape[1], groups, outputs).transpose(0, 1)
     if bias is None:
-        y = torch.bmm(tokens, weight.transpose(1, 2))
+        y = torch.bmm(tokens, weight.transpose(1, 2), out=out)
     else:
-        y = torch.baddbmm(bias.view(groups, 1, outputs), tokens, weight.transpose(1, 2))
+        y = torch.baddbmm(bias.view(groups, 1, outputs), tokens, weight.transpose(1, 2), out=out)
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import linear_dtype
+
 _NAMESPACE = 'mmgroupmamba'
 
 
@@ -13,6 +15,13 @@ def traced() -> bool:
     """Whether somebody looks at the operators themselves: torch.compile, fake tensors, or a mode
     such as a counter of FLOPs."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether what is done with a tensor is eager inference on a CPU, in its own dtype: results may
+    then be written in place."""
+    return (x.device.type == 'cpu' and not torch.is_grad_enabled() and not traced()
+            and not torch.jit.is_tracing() and linear_dtype(x) == x.dtype)
 
 
 class Operator:

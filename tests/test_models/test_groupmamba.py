@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmgroupmamba.checkpoint import from_official
 from mmgroupmamba.models import GroupMamba
 from mmgroupmamba.models.groupmamba import ARCHS
-from mmgroupmamba.models.layers import Block, GroupedSSM, WideningLinear, init_weights
+from mmgroupmamba.models.layers import Block, GroupedSSM, init_weights
 
 MICRO = dict(
     stem_hidden_dim=8, embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2))
@@ -265,13 +265,3 @@ def test_fused_ops_are_the_operators_that_are_named():
     block = Block(16, 2., fused_ops=('depthwise_conv', 'gated_layer_norm'))
     assert block.ffn.conv.backend == block.mixer.ssm.conv.backend == 'triton'
     assert block.mixer.ssm.norm.backend == 'triton' and block.norm.backend == 'torch'
-
-
-@pytest.mark.parametrize('shape', [(1, 1, 1, 8), (2, 3, 5, 8), (1, 8, 1, 8)])
-def test_widening_linear_is_linear(shape):
-    linear = WideningLinear(8, 24)
-    x = torch.randn(shape)
-    with torch.no_grad():
-        y = linear(x)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, linear.weight, linear.bias))
-    assert y.is_contiguous() and linear(x).requires_grad

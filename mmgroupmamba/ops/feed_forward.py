@@ -1,0 +1,53 @@
+"""The feed-forward with a depthwise convolution as one function, for inference on a CPU.
+
+Its modules are the definition. Here the first linear map is the 1x1 convolution that it is, which
+adds the bias within the product; and where the hidden map, the widest of a block, does not fit a
+CPU's cache, it is made and used up in slabs of channels, which the convolution between the two
+linear maps does not mix.
+"""
+import torch.nn.functional as F
+from torch import Tensor
+
+from .around_scan import depthwise_conv
+
+_SLAB = 2**23  # bytes: what pays by measurement, see docs/performance.md
+_WHOLE = 5 * 2**20  # bytes of a map that is not cut
+_NARROWEST = 64  # channels: below, the products take longer
+
+
+def feed_forward(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: Tensor,
+                 conv_bias: Tensor, activation: str, fc2_weight: Tensor, fc2_bias: Tensor
+                 ) -> Tensor:
+    """Linear map, depthwise 3x3 convolution with activation, linear map; without gradients.
+
+    Args:
+        x: Map (batch, H, W, C), in the dtype of the weights.
+        fc1_weight, fc1_bias: (D, C) and (D,).
+        conv_weight, conv_bias, activation: As for :func:`~.depthwise_conv` of D channels.
+        fc2_weight, fc2_bias: (C', D) and (C',).
+
+    Returns:
+        (batch, H, W, C').
+    """
+    hidden = len(fc1_weight)
+    width = slab_width(x.numel() // x.shape[-1], hidden, x.element_size())
+    image = x.permute(0, 3, 1, 2)
+    y = None
+    for first in range(0, hidden, width):
+        slab = slice(first, first + width)
+        wide = F.conv2d(image, fc1_weight[slab, :, None, None], fc1_bias[slab])
+        wide = depthwise_conv(wide.permute(0, 2, 3, 1), conv_weight[slab], conv_bias[slab],
+                              activation)
+        if y is None:
+            y = F.linear(wide, fc2_weight[:, slab], fc2_bias)
+        else:
+            y.flatten(0, 2).addmm_(wide.flatten(0, 2), fc2_weight[:, slab].t())
+    return y
+
+
+def slab_width(tokens: int, hidden: int, element_size: int) -> int:
+    """Hidden channels of a slab, for a map of so many tokens."""
+    size = tokens * hidden * element_size
+    slabs = max(-(-size // _SLAB), 1 if size <= _WHOLE else 2)
+    width = -(-hidden // slabs)
+    return hidden if slabs == 1 else max(-(-width // 16) * 16, _NARROWEST)
