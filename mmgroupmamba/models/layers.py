@@ -15,6 +15,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from mmgroupmamba.ops import (
     DIRECTIONS,
@@ -269,7 +275,8 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fc1, conv, fc2 = self.fc1, self.conv, self.fc2
         as_defined = conv.backend == 'torch'
-        if as_defined and infers_on_cpu(x) and all(map(is_plain, (fc1, conv, fc2))):
+        if (as_defined and infers_on_cpu(x) and all(map(is_plain, (fc1, conv, fc2)))
+                and x.dtype == fc1.weight.dtype == fc2.weight.dtype):
             return feed_forward(x, fc1.weight, fc1.bias, conv.weight, conv.bias, conv.activation,
                                 fc2.weight, fc2.bias)
         x = fc1(x)
@@ -367,15 +374,19 @@ class Block(nn.Module):
         return factors.bernoulli_(1 - dropped).div_(1 - dropped)
 
 
+_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks,
+                 _global_backward_pre_hooks)
 _PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLinear, nn.Linear,
           LayerNorm, GatedLayerNorm, DepthwiseConv}
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is as it is here, not replaced and without a hook, so that a function may
-    compute in its place."""
-    return type(module) in _PLAIN and not (module._forward_hooks or module._forward_pre_hooks
-                                           or module._backward_hooks or module._backward_pre_hooks)
+    """Whether a module is as it is here, with ordinary parameters, not replaced in part or whole
+    and without a hook, so that a function may compute in its place."""
+    return (type(module) in _PLAIN and 'forward' not in vars(module)
+            and all(type(p) is nn.Parameter for p in module._parameters.values())
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                     or module._backward_pre_hooks or any(_GLOBAL_HOOKS)))
 
 
 class Stem(nn.Module):

@@ -246,7 +246,7 @@ def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: fl
     out = _contiguous_like(gate)
     launch(_kernels().gate_forward_kernel, blocks * groups, (y, gate, weight, bias, out),
            (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN,
-            *_counted(dim, 1, real), eps), **tile._asdict())
+            *_counted(dim, 1, real), float(eps)), **tile._asdict())
     return out
 
 
@@ -275,7 +275,8 @@ def gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: T
     launch(_kernels().gate_backward_kernel, parts * groups,
            (grad.contiguous(), y, gate, weight, bias, dy, dgate, sums),
            (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together,
-            *_counted(dim, 1, real), eps), PITCHED=not dgate.is_contiguous(), **tile._asdict())
+            *_counted(dim, 1, real), float(eps)),
+           PITCHED=not dgate.is_contiguous(), **tile._asdict())
     return dy, sums.sum(0)
 
 
@@ -327,7 +328,7 @@ def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Te
     tokens = x.numel() // dim
     tile, blocks, _ = norm_sizes(tokens, dim)
     launch(_kernels().norm_forward_kernel, blocks, (x, residual, weight, bias, total, out),
-           (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), eps), **tile._asdict())
+           (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), float(eps)), **tile._asdict())
 
 
 def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
@@ -359,7 +360,7 @@ def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, wei
     launch(_kernels().norm_backward_kernel, parts,
            (grad_total, grad.contiguous(), total, weight, shift, keep, dx, branch, sums),
            (tokens, dim // tile.ALIGN, together, tokens // len(total),
-            *_counted(dim, GROUPS, real), eps),
+            *_counted(dim, GROUPS, real), float(eps)),
            **tile._asdict())
     return dx, sums.sum(0)
 
@@ -472,7 +473,8 @@ def _modulate_forward(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias
     tile, tokens, tiles, _ = _image_sizes(x)
     out = torch.empty_like(y, dtype=norm_dtype)
     launch(_kernels().modulate_forward_kernel, len(x) * tiles, (y, x, factor, weight, bias, out),
-           (tokens, x.shape[-1] // tile.ALIGN, tiles, *_counted(x.shape[-1], GROUPS, real), eps),
+           (tokens, x.shape[-1] // tile.ALIGN, tiles, *_counted(x.shape[-1], GROUPS, real),
+            float(eps)),
            **tile._asdict())
     return out
 
@@ -500,7 +502,7 @@ def modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weight
     launch(_kernels().modulate_backward_kernel, len(x) * parts,
            (grad.contiguous(), y, x, factor, weight, dy, dx, partial),
            (tokens, x.shape[-1] // tile.ALIGN, parts, together,
-            *_counted(x.shape[-1], GROUPS, real), eps), **tile._asdict())
+            *_counted(x.shape[-1], GROUPS, real), float(eps)), **tile._asdict())
     torch.sum(partial, 1, out=sums)
     return dy, dx
 
@@ -533,7 +535,7 @@ def _affinity_sizes(channels: int) -> dict[str, int]:
     """Compile-time sizes of the affinity's kernels: 8 hidden values at once, 16 of their weights a
     thread."""
     block = 1 << max(channels - 1, 15).bit_length()
-    return dict(ROWS=8, BLOCK=block, num_warps=max(4, block // 64))
+    return dict(ROWS=8, BLOCK=block, num_warps=min(max(4, block // 64), 16))
 
 
 def affinity_forward(mean: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor,

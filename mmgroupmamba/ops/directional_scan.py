@@ -121,7 +121,8 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
         return F.linear(x, block_diagonal(weight, linear_dtype(x)), bias)
     tokens = x.reshape(-1, groups, inputs).transpose(0, 1)  # (G, tokens, in)
     out = None
-    if infers_on_cpu(x) and weight.dtype == x.dtype:  # else a copy puts the groups side by side
+    if infers_on_cpu(x) and all(t is None or t.dtype == x.dtype for t in (weight, bias)):
+        # else a copy puts the groups side by side
         out = x.new_empty(tokens.shape[1], groups, outputs).transpose(0, 1)
     if bias is None:
         y = torch.bmm(tokens, weight.transpose(1, 2), out=out)

@@ -41,7 +41,7 @@ def feed_forward(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: T
         if y is None:
             y = F.linear(wide, fc2_weight[:, slab], fc2_bias)
         else:
-            y.flatten(0, 2).addmm_(wide.flatten(0, 2), fc2_weight[:, slab].t())
+            y.view(-1, y.shape[-1]).addmm_(wide.flatten(0, 2), fc2_weight[:, slab].t())
     return y
 
 

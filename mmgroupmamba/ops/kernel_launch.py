@@ -2,7 +2,8 @@
 
 Triton looks at every argument of every launch to find the compiled kernel, which takes longer than
 many kernels here. What it finds depends on no more than the key below holds, so it is asked once
-for each key.
+for each key. Triton's hooks around a launch see every launch; a kernel's own pre-run hooks, and
+what is switched on later for debugging, only the first.
 """
 from typing import Any, Optional, Union
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-
-from .precision import linear_dtype
 
 _NAMESPACE = 'mmgroupmamba'
 
@@ -18,10 +17,12 @@ def traced() -> bool:
 
 
 def infers_on_cpu(x: Tensor) -> bool:
-    """Whether what is done with a tensor is eager inference on a CPU, in its own dtype: results may
-    then be written in place."""
+    """Whether what is done with a tensor is plain eager inference on a CPU: no gradients of either
+    mode, no autocast, no torch.func, nobody who looks on. Results may then be written in place."""
     return (x.device.type == 'cpu' and not torch.is_grad_enabled() and not traced()
-            and not torch.jit.is_tracing() and linear_dtype(x) == x.dtype)
+            and not torch.is_autocast_enabled('cpu') and not torch.jit.is_tracing()
+            and forward_ad._current_level < 0
+            and torch._C._functorch.peek_interpreter_stack() is None)
 
 
 class Operator:

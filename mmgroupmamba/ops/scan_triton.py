@@ -205,7 +205,7 @@ def _by_cells(x: Tensor) -> _Operand:
     """Of (batch, H, W, groups, values); copied only where H and W are not one dimension."""
     _, height, width, _, _ = x.shape
     batch, row, cell, group, value = x.stride()
-    if row != width * cell and height > 1:
+    if height > 1 and width > 1 and row != width * cell:
         return _by_cells(x.contiguous())
     return _Operand(x, (batch, group, value, cell if width > 1 else row))
 

@@ -25,7 +25,8 @@ from .precision import linear_dtype, without_autocast
 from .selective_scan import resolve_backend
 
 _GROUPED = 4  # of the weights, how many are grouped linear maps
-_LINEAR = 10  # and how many stand in matrix products
+_HALF = 9  # how many have gradients in the products' dtype
+_LINEAR = 10  # and how many stand in products
 _ALIGN = 8  # values in 16 bytes of half precision: where a large matrix starts
 
 
@@ -41,9 +42,9 @@ class BlockWeights(NamedTuple):
     proj: Tensor  # (C, C)
     fc1: Tensor  # (D, C)
     fc2: Tensor  # (C, D)
-    proj_bias: Tensor
     fc1_bias: Tensor
     fc2_bias: Tensor
+    proj_bias: Tensor
     # from here on, what kernels read
     squeeze: Tensor  # the affinity's, (C / 16, C)
     squeeze_bias: Tensor
@@ -95,6 +96,7 @@ def trains_whole(x: Tensor, weights: BlockWeights, scan_backend: str) -> bool:
     """Whether :func:`training_block` runs on a map, with gradients, in eager PyTorch."""
     return (torch.is_grad_enabled() and not traced()
             and all(t.dtype != torch.float64 for t in (x, *weights))
+            and len(weights.squeeze) < len(weights.norm)  # a row for sums of both
             and resolve_backend(scan_backend, x.device.type, x.dtype) == 'triton'
             and weights.A_log.shape[1] <= scan_triton.MAX_STATES
             and weights.dt_proj.shape[2] <= scan_triton.MAX_RANK)
@@ -131,7 +133,7 @@ def training_block(x: Tensor, branch: Optional[Tensor], keep: Optional[Tensor],
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f'training_block: {name} on {tensor.device}, x on {x.device}')
     x = x.contiguous()
-    branch = branch if branch is None else branch.contiguous()
+    branch, keep = (t if t is None else t.contiguous() for t in (branch, keep))
     return _TrainingBlock.apply(x, branch, keep, eps, ffn_eps, *weights)
 
 
@@ -185,7 +187,7 @@ def _layer_forward(x: Tensor, branch: Optional[Tensor], w: BlockWeights, eps: fl
         total, normed = x, around.NORM.forward(x, w.norm, w.norm_bias, eps, dtype, None)
     else:
         total, normed = around.ADD_NORM.forward(branch, x, w.norm, w.norm_bias, eps, dtype, None)
-    joint = F.linear(normed, _two(w.in_proj, w.gate_proj))
+    joint = F.linear(normed, w.in_proj)
     convolved = around.CONV.forward(joint[..., :channels], w.conv, w.conv_bias, 'silu')
     rows = _grouped(F.linear(convolved, w.x_proj))
     scanned, states = scan_triton.MAPS.forward(
@@ -265,7 +267,7 @@ def _layer_backward(grad: Tensor, grad_total: Tensor, branch_dtype: Optional[tor
     sums = around.conv_backward(grad, before_conv, w.conv, w.conv_bias, 'silu', dbefore_conv)
     of['conv'], of['conv_bias'] = _taps(sums), sums[9]
     of['in_proj'], of['gate_proj'] = _of_weight(djoint, layer.normed).chunk(2)
-    _rows(dnormed).addmm_(_rows(djoint), _two(w.in_proj, w.gate_proj))
+    _rows(dnormed).addmm_(_rows(djoint), w.in_proj)
     branch = None
     if branch_dtype not in (None, layer.total.dtype):
         branch = dnormed.new_empty(dnormed.shape, dtype=branch_dtype)
@@ -298,12 +300,6 @@ def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
     return _rows(grad).t() @ _rows(x)
 
 
-def _two(first: Tensor, second: Tensor) -> Tensor:
-    """Two matrices that lie one behind the other in memory as one, without a copy."""
-    rows, columns = first.shape
-    return first.as_strided((rows + len(second), columns), (columns, 1))
-
-
 @lru_cache(maxsize=64)
 def _places(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Of grouped maps (G, out, in) that lie one behind the other, with zeros after them: where
@@ -329,8 +325,9 @@ def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _prepare(weights: tuple[Tensor, ...], dtype: torch.dtype) -> BlockWeights:
-    """The weights as products and kernels want them: grouped maps as block-diagonal matrices, what
-    stands in products in `dtype`, cast together; of the rest, the scan's in float32."""
+    """The weights as products and kernels want them: grouped maps as block-diagonal matrices, with
+    gate_proj below in_proj and None in its place; what stands in products in `dtype`, cast
+    together; of the rest, the scan's in float32."""
     grouped, linear = weights[:_GROUPED], weights[_GROUPED:_LINEAR]
     first = grouped[0]
     count = sum(t.numel() for t in grouped)
@@ -339,10 +336,12 @@ def _prepare(weights: tuple[Tensor, ...], dtype: torch.dtype) -> BlockWeights:
     shapes = tuple(t.shape for t in grouped)
     source, _ = _places(shapes, first.device)
     sizes = [(groups * outputs, groups * inputs) for groups, outputs, inputs in shapes]
+    sizes[:2] = [(2 * sizes[0][0], sizes[0][1])]
     matrices = flat.take(source).split([rows * columns for rows, columns in sizes])
-    matrices = [m.view(size) for m, size in zip(matrices, sizes)]
+    joint, x_proj, out_proj = (m.view(size) for m, size in zip(matrices, sizes))
     linear = _unflatten_dense_tensors(flat[count + len(zeros):], linear)
-    w = BlockWeights(*matrices, *linear, *(t.contiguous() for t in weights[_LINEAR:]))
+    w = BlockWeights(joint, None, x_proj, out_proj, *linear,
+                     *(t.contiguous() for t in weights[_LINEAR:]))
     return w._replace(dt_proj=w.dt_proj.float(), dt_bias=w.dt_bias.float(),
                       A_log=w.A_log.float(), D=w.D.float())
 
@@ -360,9 +359,9 @@ def _of_weights(of: dict[str, Tensor], w: BlockWeights, shapes: tuple[torch.Size
     grads = [of[name] for name in BlockWeights._fields]
     _, target = _places(shapes, grads[0].device)
     grouped = _flatten_dense_tensors(grads[:_GROUPED]).take(target)
-    flat = _flatten_dense_tensors([grouped, *grads[_GROUPED:_LINEAR]]).to(dtypes[0])
+    flat = _flatten_dense_tensors([grouped, *grads[_GROUPED:_HALF]]).to(dtypes[0])
     grouped = flat[:len(grouped)].split([prod(shape) for shape in shapes])
     grads = (*(t.view(shape) for t, shape in zip(grouped, shapes)),
-             *_unflatten_dense_tensors(flat[sum(map(len, grouped)):], w[_GROUPED:_LINEAR]),
-             *grads[_LINEAR:])
+             *_unflatten_dense_tensors(flat[sum(map(len, grouped)):], w[_GROUPED:_HALF]),
+             *grads[_HALF:])
     return [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(grads, dtypes)]

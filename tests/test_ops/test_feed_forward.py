@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mmgroupmamba.benchmarking import measure
-from mmgroupmamba.models import layers
+from mmgroupmamba.models import GroupMamba, layers
 from mmgroupmamba.models.layers import ConvFFN
-from mmgroupmamba.ops import feed_forward
+from mmgroupmamba.ops import feed_forward, grouped_linear
 
 module = import_module('mmgroupmamba.ops.feed_forward')
 
@@ -67,6 +67,14 @@ def test_width_of_slabs(tokens, hidden, width):
     assert module.slab_width(tokens, hidden, 4) == width
 
 
+def test_whole_model_under_autocast(small_slabs):
+    """Where maps are in half precision and weights are not."""
+    model = GroupMamba('nano').eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert all(torch.isfinite(y).all() for y in model(x))
+
+
 def test_less_memory_for_a_large_map():
     ffn, x = make(16, 128), torch.randn(1, 192, 192, 16)
     with torch.no_grad():
@@ -85,6 +93,16 @@ def test_only_in_eager_inference_on_plain_modules(calls):
         hook = ffn.fc2.register_forward_hook(lambda *_: torch.zeros(()))
         assert ffn(x) == 0
         hook.remove()
+        ffn.fc1.forward = lambda x: x.new_zeros(*x.shape[:3], 50)
+        torch.testing.assert_close(ffn(x), plainly(ffn, x))
+        del ffn.fc1.forward
+        half = ffn.bfloat16()
+        assert torch.func.vmap(half)(x[None].bfloat16()).dtype == torch.bfloat16
+        weight = torch.randn(4, 3, 2)
+        torch.testing.assert_close(
+            torch.func.vmap(lambda x: grouped_linear(x, weight))(x[None])[0],
+            grouped_linear(x, weight))
+        ffn.float()
         assert not calls
         torch.testing.assert_close(ffn(x), traced(x))
     assert len(calls) == 1

@@ -257,6 +257,20 @@ def test_map_gives_the_same_bits_again_and_in_any_layout():
 
 
 @runs
+def test_map_of_one_column_with_any_stride():
+    inputs = make_maps(1, 3, 1, 5)
+    turned = {k: v.detach().transpose(1, 2).contiguous().transpose(1, 2) if v.dim() == 5 else v
+              for k, v in inputs.items()}
+    strided = dict(turned, x=torch.empty(1, 1, 3, 4, 5).transpose(1, 2).copy_(inputs['x']))
+    assert strided['x'].is_contiguous() and strided['x'].stride(2) != strided['x'].stride(1)
+    strided = {k: v.detach().requires_grad_() for k, v in strided.items()}
+    (y, grads), (want, want_grads) = (run_maps(directional_scan, case, backend='triton')
+                                      for case in (strided, inputs))
+    for one, two in zip((y, *grads), (want, *want_grads)):
+        assert torch.equal(one, two)
+
+
+@runs
 def test_no_graph_break_with_a_map():
     inputs = make_maps(1, 2, 3, 3)
 

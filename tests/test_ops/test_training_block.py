@@ -4,6 +4,7 @@ On a machine without a GPU, its tests are run by one subprocess in Triton's inte
 """
 from copy import deepcopy
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,9 +24,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mmgroupmamba.models import layers
 from mmgroupmamba.models.layers import Block
-from mmgroupmamba.ops import FUSED_OPS, around_scan_triton, block_diagonal, training_block
+from mmgroupmamba.ops import (
+    FUSED_OPS,
+    around_scan_triton,
+    block_diagonal,
+    training_block,
+    trains_whole,
+)
 from mmgroupmamba.ops.training_block import _places, _prepare
 
+module = import_module('mmgroupmamba.ops.training_block')
 CHANNELS = 20
 
 
@@ -129,7 +137,9 @@ def test_as_exact_as_the_modules_under_autocast(calls):
 @runs
 def test_stochastic_depth(calls, monkeypatch):
     blocks = make_blocks(1)
-    factors = torch.tensor([[0., 1.25], [1.25, 0.]], device=DEVICE).view(2, 2, 1, 1, 1)
+    factors = torch.tensor([[0., 1.25], [1.25, 0.]], device=DEVICE)
+    factors = factors.repeat(1, 2)[:, ::2].t().view(2, 2, 1, 1, 1)
+    assert not factors.is_contiguous()
     blocks[0].drop_path = Factors(factors)
     monkeypatch.setattr(Block, '_keep', lambda self, x: factors)
     check(blocks, randn(2, 1, 2, CHANNELS).float())
@@ -216,6 +226,18 @@ def test_compiles_without_spills(monkeypatch, channels, arch):
 
 
 @runs
+def test_what_is_saved_may_be_moved(calls):
+    """As offloading to another device does, each tensor by itself."""
+    blocks, x = make_blocks(1), randn(1, 1, 2, CHANNELS).float()
+    want, want_grads = run(blocks, x)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        got, grads = run(blocks, x)
+    assert len(calls) == 2
+    for one, other in zip((want, *want_grads.values()), (got, *grads.values())):
+        assert torch.equal(one, other)
+
+
+@runs
 def test_frozen_weights_and_input_get_none(calls):
     block = make_blocks(1)[0]
     block.mixer.requires_grad_(False)
@@ -262,8 +284,30 @@ def test_what_is_changed_inside_has_its_say():
     assert block._weights() is None
     hook.remove()
     assert block._weights() is not None
+    block.ffn.fc2.forward = lambda x: x
+    assert block._weights() is None
+    del block.ffn.fc2.forward
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert block._weights() is None
+    hook.remove()
+    assert block._weights() is not None
     nn.utils.parametrize.register_parametrization(block.mixer.proj, 'weight', nn.Identity())
     assert block._weights() is None
+    block = Block(CHANNELS, 1.5)
+    block.ffn.fc1 = nn.Linear(CHANNELS, 30, bias=False)
+    assert block._weights() is None
+
+
+def test_affinity_without_squeezing_is_the_modules():
+    """Its kernel has a row of channels for the hidden values and one more."""
+    block, x = Block(CHANNELS, 1.5), torch.zeros(1, 2, 2, CHANNELS)
+    for hidden, whole in ((CHANNELS - 1, True), (CHANNELS, False)):
+        block.mixer.affinity = layers.ChannelAffinity(CHANNELS)
+        block.mixer.affinity.fc1 = nn.Linear(CHANNELS, hidden)
+        block.mixer.affinity.fc2 = nn.Linear(hidden, CHANNELS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, 'resolve_backend', lambda *_: 'triton')
+            assert trains_whole(x, block._weights(), 'triton') == whole
 
 
 def test_weights_are_all_of_the_blocks():
@@ -288,10 +332,11 @@ def test_matrices_start_at_16_bytes(channels):
     """As a GPU's matrix units want them."""
     weights = Block(channels, 4).apply(layers.init_weights)._weights()
     prepared = _prepare(weights, torch.bfloat16)
+    matrices = prepared._asdict()
+    matrices['in_proj'], matrices['gate_proj'] = prepared.in_proj.chunk(2)
     for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj', 'proj', 'fc1', 'fc2'):
-        matrix = getattr(prepared, name)
+        matrix, want = matrices[name], getattr(weights, name)
         assert matrix.data_ptr() % 16 == 0 and matrix.is_contiguous(), name
-        want = getattr(weights, name)
         want = torch.block_diag(*want) if want.dim() == 3 else want
         assert torch.equal(matrix, want.bfloat16()), name
 

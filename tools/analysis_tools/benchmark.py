@@ -409,7 +409,8 @@ class Benchmark:
             modes.append(Mode(fused_ops=True))
         modes.append(best)
         if args.cuda_graph:
-            modes += [Mode(graph=True), best._replace(graph=True)]
+            modes += [Mode(graph=True), best._replace(folded=False, graph=True),
+                      best._replace(graph=True)]
         return list(dict.fromkeys(modes))
 
     def run(self) -> None:
