@@ -46,7 +46,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
         The model.
 
     Raises:
-        ValueError: There is no GroupMamba in it.
+        ValueError: There is no GroupMamba in it, nor a layer of one.
     """
     parts: list[nn.Module] = [m for m in model.modules() if isinstance(m, GroupMamba)]
     parts = parts or [m for m in model.modules() if isinstance(m, ModulatedGroupMamba)]

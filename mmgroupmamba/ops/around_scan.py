@@ -119,8 +119,8 @@ def depthwise_conv_linear(x: Tensor,
         ValueError: Shapes, dtypes or devices do not fit together, or an option is unknown.
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
-    _check('depthwise_conv_linear', x.device, weight=(weight, (len(bias), x.shape[-1])),
-           bias=(bias, (len(weight), )))
+    check_tensors('depthwise_conv_linear', x.device, weight=(weight, (len(bias), x.shape[-1])),
+                  bias=(bias, (len(weight), )))
     if backend == 'triton' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _check_conv(x, conv_weight, conv_bias, activation)
         module = _module('depthwise_conv_linear', backend, x.device.type)
@@ -238,7 +238,7 @@ def modulate_layer_norm(y: Tensor,
     """
     _check_norm('modulate_layer_norm', y, weight, bias, x=x)
     _check_real('modulate_layer_norm', y.shape[3], real)
-    _check('modulate_layer_norm', y.device, factor=(factor, (len(y), 1, 1, y.shape[3])))
+    check_tensors('modulate_layer_norm', y.device, factor=(factor, (len(y), 1, 1, y.shape[3])))
     norm_dtype = norm_dtype or _norm_dtype(y, x, factor)
     module = _module('modulate_layer_norm', backend, y.device.type)
     if module is not None:
@@ -312,9 +312,9 @@ def gated_layer_norm(y: Tensor,
         raise ValueError('gated_layer_norm: y must be (batch, H, W, G, d) and not empty, got '
                          f'{tuple(y.shape)}')
     grouped = y.shape[3:]
-    _check('gated_layer_norm', y.device, y=(y, y.shape),
-           gate=(gate, (*y.shape[:3], grouped.numel())), weight=(weight, grouped),
-           bias=(bias, grouped))
+    check_tensors('gated_layer_norm', y.device, y=(y, y.shape),
+                  gate=(gate, (*y.shape[:3], grouped.numel())), weight=(weight, grouped),
+                  bias=(bias, grouped))
     _check_real('gated_layer_norm', grouped.numel(), real, grouped[0])
     module = _module('gated_layer_norm', backend, y.device.type)
     if module is not None:
@@ -346,8 +346,8 @@ def _module(operator: str, backend: str, device_type: str) -> Optional[ModuleTyp
     return module
 
 
-def _check(operator: str, device: torch.device,
-           **expected: tuple[Tensor, tuple[int, ...]]) -> None:
+def check_tensors(operator: str, device: torch.device,
+                  **expected: tuple[Tensor, tuple[int, ...]]) -> None:
     """Raise unless each tensor has its shape, is on the map's device and floating."""
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
@@ -367,8 +367,8 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Non
         raise ValueError(f'depthwise_conv: unknown activation {activation!r}: choose one of '
                          f'{", ".join(_ACTIVATIONS)}')
     channels = x.shape[3]
-    _check('depthwise_conv', x.device, x=(x, x.shape), weight=(weight, (channels, 1, 3, 3)),
-           bias=(bias, (channels, )))
+    check_tensors('depthwise_conv', x.device, x=(x, x.shape), weight=(weight, (channels, 1, 3, 3)),
+                  bias=(bias, (channels, )))
 
 
 def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,
@@ -378,8 +378,8 @@ def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,
         raise ValueError(f'{operator}: {name} must be (batch, H, W, C) and not empty, got '
                          f'{tuple(x.shape)}')
     channels = (x.shape[3], )
-    _check(operator, x.device, **{k: (v, x.shape) for k, v in like_x.items()},
-           weight=(weight, channels), bias=(bias, channels))
+    check_tensors(operator, x.device, **{k: (v, x.shape) for k, v in like_x.items()},
+                  weight=(weight, channels), bias=(bias, channels))
     if not x.is_floating_point():
         raise ValueError(f'{operator}: the map must be real floating, got {x.dtype}')
 

@@ -150,8 +150,8 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activa
 
 def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activation: str,
                   dx: Tensor) -> Tensor:
-    """The gradients but for that of x, which fills dx; that is contiguous or has its pixels as far
-    apart as those of x."""
+    """The gradients of taps and bias, (10, C) in float32. That of x fills dx, (B, H, W, C), which
+    is contiguous or has its pixels as far apart as those of x."""
     programs = conv_sizes(*x.shape, _BACKWARD)[2]
     sums = x.new_empty(programs, 10, x.shape[-1], dtype=torch.float32)
     _launch_conv('conv_backward_kernel', _BACKWARD, x, grad.contiguous(), weight, bias, dx, sums,
@@ -264,8 +264,8 @@ def _gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: 
 
 def gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
                   real: Optional[int], dgate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients but for the gate's, which fills dgate; that is contiguous or has its pixels as
-    far apart as those of the gate."""
+    """The gradients of y and, (2, G, d) in float32, of weight and bias. The gate's fills dgate,
+    (B, H, W, G * d), which is contiguous or has its pixels as far apart as those of the gate."""
     groups, dim = weight.shape
     tokens = y.numel() // weight.numel()
     tile, blocks, together = norm_sizes(tokens, dim)
@@ -494,7 +494,8 @@ def _modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weigh
 
 def modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weight: Tensor,
                       eps: float, real: Optional[int], sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and x; the others', as above, fill sums."""
+    """Gradients of y and x; each image's of weight, bias and factor fill sums, (batch, 3, C) in
+    float32."""
     tile, tokens, tiles, together = _image_sizes(x)
     parts = -(-tiles // together)
     dy, dx = torch.empty_like(y), torch.empty_like(x)

@@ -8,7 +8,7 @@ linear maps does not mix.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .around_scan import depthwise_conv
+from .around_scan import check_tensors, depthwise_conv
 
 _SLAB = 2**23  # bytes: what pays by measurement, see docs/performance.md
 _WHOLE = 5 * 2**20  # bytes of a map that is not cut
@@ -28,8 +28,19 @@ def feed_forward(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: T
 
     Returns:
         (batch, H, W, C').
+
+    Raises:
+        ValueError: Shapes or devices do not fit together, or the activation is unknown.
     """
-    hidden = len(fc1_weight)
+    hidden, channels = len(fc1_weight), x.shape[-1]
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('feed_forward: x must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    check_tensors('feed_forward', x.device, x=(x, x.shape),
+                  fc1_weight=(fc1_weight, (hidden, channels)), fc1_bias=(fc1_bias, (hidden, )),
+                  conv_weight=(conv_weight, (hidden, 1, 3, 3)), conv_bias=(conv_bias, (hidden, )),
+                  fc2_weight=(fc2_weight, (len(fc2_bias), hidden)),
+                  fc2_bias=(fc2_bias, (len(fc2_weight), )))
     width = slab_width(x.numel() // x.shape[-1], hidden, x.element_size())
     image = x.permute(0, 3, 1, 2)
     y = None

@@ -124,6 +124,9 @@ def training_block(x: Tensor, branch: Optional[Tensor], keep: Optional[Tensor],
     if x.dim() != 4 or 0 in x.shape or x.shape[3] != channels:
         raise ValueError(f'training_block: x must be (B, H, W, {channels}) and not empty, got '
                          f'{tuple(x.shape)}')
+    if len(weights.squeeze) >= channels:
+        raise ValueError(f'training_block: squeeze must have fewer rows than the {channels} '
+                         f'channels, got {tuple(weights.squeeze.shape)}')
     for name, tensor, shape in (('branch', branch, x.shape), ('keep', keep, (2, len(x), 1, 1, 1))):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f'training_block: {name} must be {tuple(shape)}, got '

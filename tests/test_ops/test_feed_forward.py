@@ -75,6 +75,20 @@ def test_whole_model_under_autocast(small_slabs):
         assert all(torch.isfinite(y).all() for y in model(x))
 
 
+@pytest.mark.parametrize('name, shape', [
+    ('x', (3, 8)), ('x', (1, 0, 3, 8)), ('fc1_weight', (50, 9)), ('fc1_bias', (49, )),
+    ('conv_weight', (51, 1, 3, 3)), ('conv_bias', (51, )), ('fc2_weight', (8, 60)),
+    ('fc2_bias', (9, ))])
+def test_wrong_shape_is_named(name, shape):
+    shapes = dict(x=(1, 2, 3, 8), fc1_weight=(50, 8), fc1_bias=(50, ), conv_weight=(50, 1, 3, 3),
+                  conv_bias=(50, ), fc2_weight=(8, 50), fc2_bias=(8, ))
+    tensors = {k: torch.zeros(s) for k, s in dict(shapes, **{name: shape}).items()}
+    words = 'fc2_weight' if name == 'fc2_bias' else name
+    with pytest.raises(ValueError, match=f'feed_forward: {words} must be') as raised:
+        feed_forward(activation='gelu', **tensors)
+    assert '\n' not in str(raised.value)
+
+
 def test_less_memory_for_a_large_map():
     ffn, x = make(16, 128), torch.randn(1, 192, 192, 16)
     with torch.no_grad():

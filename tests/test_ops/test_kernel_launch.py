@@ -29,14 +29,19 @@ class Kernel:
         def ask(*args, STEP, REVERSE):
             self.asked += 1
             self.launched.append((grid, *args, STEP, REVERSE))
-            return None if self.interpreted else self.compiled(self.asked)
+            return None if self.interpreted else Compiled(self.asked, self.launched)
 
         return ask
 
-    def compiled(self, number):
-        again = SimpleNamespace(grid=lambda grid: lambda *args: self.launched.append(
-            (number, grid[:1], *args)))
-        return type('Compiled', (), {'__getitem__': lambda _, grid: again.grid(grid)})()
+
+class Compiled:
+    """Stands for what Triton found when it was asked for the given time."""
+
+    def __init__(self, number, launched):
+        self.number, self.launched = number, launched
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launched.append((self.number, grid, *args))
 
 
 def launch(kernel, x, y=None, n=3, step=8, reverse=False, programs=5):
@@ -49,7 +54,8 @@ def test_again_it_is_the_compiled_kernel_with_all_arguments_in_order():
     launch(kernel, x)
     launch(kernel, other, programs=6)
     assert kernel.asked == 1
-    assert kernel.launched == [((5, ), x, None, 3, 8, False), (1, (6, ), other, None, 3, 8, False)]
+    assert kernel.launched == [((5, ), x, None, 3, 8, False),
+                               (1, (6, 1, 1), other, None, 3, 8, False)]
 
 
 @pytest.mark.parametrize('change', [

@@ -307,6 +307,8 @@ def test_affinity_without_squeezing_is_the_modules():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, 'resolve_backend', lambda *_: 'triton')
             assert trains_whole(x, block._weights(), 'triton') == whole
+    with pytest.raises(ValueError, match='squeeze must have fewer rows than the 20 channels'):
+        training_block(x, None, None, block._weights(), 1e-5, 1e-6)
 
 
 def test_weights_are_all_of_the_blocks():

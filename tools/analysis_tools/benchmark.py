@@ -403,8 +403,7 @@ class Benchmark:
             modes.append(Mode(folded=True))
         best = Mode()
         if isinstance(contestant, Ours):
-            best = Mode(folded=args.fuse,
-                        fused_ops=bool(args.fused_ops) and subject != 'scan')
+            best = Mode(folded=args.fuse, fused_ops=bool(args.fused_ops) and subject != 'scan')
         if best.fused_ops:
             modes.append(Mode(fused_ops=True))
         modes.append(best)
