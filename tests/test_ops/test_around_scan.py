@@ -427,9 +427,9 @@ def test_model_of_fused_ops_is_the_model(monkeypatch, fused_ops):
             assert relative(grads[1][name], want) < 1e-4, name
     if fused_ops != 'all':
         return
-    fuse(fused)
     pad_channels(fused, most=2)
-    _join_groups(fused)
+    fuse(fused)
+    _join_groups(fused)  # on CUDA it is done
     assert fused.stages[0].blocks[0].mixer.ssm.joint_proj is not None
     with torch.no_grad():
         assert max(relative(*pair) for pair in zip(fused(image), outputs[0])) < 1e-5

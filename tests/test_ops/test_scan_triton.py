@@ -261,7 +261,8 @@ def test_map_of_one_column_with_any_stride():
     inputs = make_maps(1, 3, 1, 5)
     turned = {k: v.detach().transpose(1, 2).contiguous().transpose(1, 2) if v.dim() == 5 else v
               for k, v in inputs.items()}
-    strided = dict(turned, x=torch.empty(1, 1, 3, 4, 5).transpose(1, 2).copy_(inputs['x']))
+    x = torch.empty(1, 1, 3, 4, 5, device=DEVICE).transpose(1, 2)
+    strided = dict(turned, x=x.copy_(inputs['x']))
     assert strided['x'].is_contiguous() and strided['x'].stride(2) != strided['x'].stride(1)
     strided = {k: v.detach().requires_grad_() for k, v in strided.items()}
     (y, grads), (want, want_grads) = (run_maps(directional_scan, case, backend='triton')

@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+import weakref
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -154,14 +155,35 @@ def test_folded_row_and_profile(run):
     assert forward == sorted(forward, reverse=True) and sum(forward) < 100.5
 
 
+class Graph:
+    """Stands for a CUDA graph on CPU: runs again what it captured, and keeps none of it alive."""
+    outputs = None
+
+    def replay(self):
+        outputs = self.run()()
+        if self.outputs is not None:
+            with torch.no_grad():
+                self.outputs.copy_(outputs)
+
+
 @pytest.fixture
 def graphs(main, monkeypatch):
-    """Stand-ins on CPU: what was captured stays in place."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    graphs = []
     for name, stand_in in dict(
             Stream=lambda: stream, current_stream=lambda: stream, stream=nullcontext,
-            graph=nullcontext, CUDAGraph=lambda: SimpleNamespace(replay=lambda: None)).items():
+            graph=lambda graph: nullcontext(graphs.append(graph)), CUDAGraph=Graph).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    row = main.__globals__['Row']
+    capture = row._capture
+
+    def captured(self, run, *args):
+        replay = capture(self, run, *args)
+        graphs[-1].run = weakref.ref(run)
+        graphs[-1].outputs = replay(0)
+        return replay
+
+    monkeypatch.setattr(row, '_capture', captured)
     monkeypatch.setitem(main.__globals__, 'check', lambda args: None)
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, capturable, **kwargs: adamw(
@@ -189,13 +211,29 @@ def test_wrong_graph_is_refused(which, words, main, graphs, monkeypatch, capsys)
 
     def spoilt(self, *args):
         replay = capture(self, *args)
-        with torch.no_grad():
-            self.module.proj.weight.add_(1)
-        return replay
+        weight = self.module.proj.weight.data
+
+        def wrong(i):
+            right = weight.clone()
+            weight.add_(1)
+            outputs = replay(i)
+            weight.copy_(right)
+            return outputs
+
+        return wrong
 
     monkeypatch.setattr(row, '_capture', spoilt)
     assert f'graph is wrong: the graph gives {words}' in refused(
         main, capsys, *GRAPHS, '--passes', which)
+
+
+def test_graph_that_reads_no_input_is_refused(main, graphs, monkeypatch, capsys):
+    row = main.__globals__['Row']
+    capture = row._capture
+    monkeypatch.setattr(row, '_capture', lambda self, run, static, inputs: capture(
+        self, run, static, [static]))
+    assert 'graph is wrong: the graph gives other outputs' in refused(
+        main, capsys, *GRAPHS, '--passes', 'forward')
 
 
 def test_what_does_not_compile_is_left_out(run, monkeypatch):

@@ -76,6 +76,9 @@ DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 GATE_BATCH = 2
 # relative errors against float64: (outputs, gradients); of the scan and layer, of whole networks
 TOLERANCES = {True: (1e-5, 1e-4), False: (1e-4, 1e-3)}
+# gradients of a graph against those of the same pass without: under capture cuBLAS may take another
+# algorithm, and what rounds otherwise in half precision grows with the network
+GRAPH_TOLERANCES = {True: 0.2, False: 1e-2}  # under autocast, in float32
 STEM_TOLERANCE = 1e-2  # in float32 a ReLU's input near 0 may fall on its other side
 AMP_TOLERANCE = 0.5  # reported, and compared with the official one; this only stops nonsense
 PROFILE_LINES = 14  # operators of each measurement
@@ -183,13 +186,15 @@ class Row:
 
         if not self.mode.graph:
             return step
-        static = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
+        static = torch.zeros_like(inputs[0]).requires_grad_(inputs[0].requires_grad)
         replay = self._capture(lambda: train(static, cache=False), static, inputs)
         replay(0)
         got = self._gradients()
         step(0)
-        if not measure.relative_error(got, self._gradients()) < 1e-2:
-            raise LaunchError(f'{self.label} is wrong: the graph gives other gradients')
+        error = measure.relative_error(got, self._gradients())
+        if not error < GRAPH_TOLERANCES[bool(self.args.amp)]:
+            raise LaunchError(f'{self.label} is wrong: the graph gives other gradients, by '
+                              f'{error:.1e}')
         return replay
 
     def _gradients(self) -> Tensor:
@@ -201,7 +206,8 @@ class Row:
                  ) -> measure.Step:
         """A step that replays `run`, which reads `static`, as a CUDA graph on each input in turn.
 
-        As https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+        As https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. `static` holds something
+        else while it is captured, so that a graph that does not read it is found out.
         """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -219,6 +225,7 @@ class Row:
             graph.replay()
             return outputs
 
+        replay.captured = run  # with what the graph reads besides: cotangents, AdamW's moments
         return replay
 
     def clear(self, *inputs: Tensor) -> None:
@@ -241,7 +248,7 @@ class Row:
 
         if not self.mode.graph:
             return step
-        static = inputs[0].clone()
+        static = torch.zeros_like(inputs[0])
 
         def once() -> Any:
             # autocast's cache of cast weights must not outlive the capture
