@@ -18,7 +18,15 @@ from mmgroupmamba.ops import block_diagonal, linear_dtype, with_padding, without
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
-from .layers import Block, DepthwiseConv, GroupedLinear, GroupedSSM, ModulatedGroupMamba, Stem
+from .layers import (
+    Block,
+    DepthwiseConv,
+    GroupedLinear,
+    GroupedSSM,
+    LayerNorm,
+    ModulatedGroupMamba,
+    Stem,
+)
 
 
 @torch.no_grad()
@@ -139,7 +147,9 @@ def pad_channels(backbone: GroupMamba, multiple: int = 8, most: float = 1.05) ->
         for block in stage.blocks:
             _pad_block(block, real, width)
         stage.embed = nn.Sequential(stage.embed, _Padding(width))
-        stage.norm = nn.Sequential(_WithoutPadding(real), stage.norm)
+        if isinstance(stage.norm, LayerNorm):
+            _pad_norm(stage.norm, real, width)
+        stage.crop = _WithoutPadding(real)
 
 
 class _Padding(nn.Module):
@@ -181,6 +191,13 @@ def _pad_block(block: Block, real: int, width: int) -> None:
             module.normalized_shape = module.weight.shape
         elif isinstance(module, nn.Conv2d):
             module.in_channels = module.out_channels = module.groups = len(module.weight)
+
+
+def _pad_norm(norm: LayerNorm, real: int, width: int) -> None:
+    for parameter in norm.parameters():
+        parameter.data = with_padding(parameter.data, width)
+    norm.normalized_shape = norm.weight.shape
+    norm.real = real
 
 
 def _join_groups(part: nn.Module) -> None:

@@ -78,13 +78,18 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
 
 
 class Stage(nn.Module):
-    """Patch embedding, blocks and the norm through which the map leaves the stage."""
+    """Patch embedding, blocks and the norm through which the map leaves the stage.
+
+    Attributes:
+        crop: Takes padding channels away again; see :func:`~.fuse.pad_channels`.
+    """
 
     def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module) -> None:
         super().__init__()
         self.embed = embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self.crop = nn.Identity()
 
     def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
         recompute = with_cp and torch.is_grad_enabled()
@@ -94,7 +99,12 @@ class Stage(nn.Module):
             maps = checkpoint(block, *maps, use_reentrant=False) if recompute else block(*maps)
             if isinstance(maps, Tensor):
                 maps = (maps, )
-        return self.norm(maps[0] if len(maps) == 1 else maps[0] + maps[1])
+        if len(maps) == 1:
+            return self.crop(self.norm(maps[0]))
+        x, branch = maps
+        if isinstance(self.norm, LayerNorm):
+            return self.crop(self.norm.of_sum(branch, x)[1])
+        return self.crop(self.norm(x + branch))
 
 
 @MODELS.register_module()
@@ -176,7 +186,7 @@ class GroupMamba(BaseModule):
                 for rate in rates[i].tolist()
             ]
             norm = (
-                LayerNorm(dims[i], 1e-6, fused_ops=fused_ops)
+                LayerNorm(dims[i], 1e-6, i not in out_indices, fused_ops)
                 if i < 3 or final_norm else nn.Identity())
             self.stages.append(Stage(embed, blocks, norm))
         self.apply(init_weights)

@@ -77,8 +77,8 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm over the channels, (B, H, W, C) in and out.
 
     Args:
-        before_linear: The result goes into linear layers: where it is one kernel, it is in their
-            dtype.
+        before_linear: The result goes into nothing but linear layers or convolutions: where it is
+            one kernel, it is in their dtype.
 
     Attributes:
         real: Of each quarter of the channels, how many count; see :func:`~.fuse.pad_channels`.
@@ -100,8 +100,9 @@ class LayerNorm(nn.LayerNorm):
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x + residual and its norm, in one kernel."""
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps,
-                              linear_dtype(residual), self.real, 'triton')
+        dtype = linear_dtype(residual) if self.before_linear else None
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, dtype, self.real,
+                              'triton')
 
     def of_product(self, y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """The norm of y * x * factor, in one kernel; the factor is (B, 1, 1, C)."""

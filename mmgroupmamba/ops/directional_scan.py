@@ -118,6 +118,9 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
     """
     groups, outputs, inputs = weight.shape
     if x.is_cuda:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad
+                                           for t in (x, weight, bias)):
+            return _GroupedLinear.apply(x, weight, bias)
         return F.linear(x, block_diagonal(weight, linear_dtype(x)), bias)
     tokens = x.reshape(-1, groups, inputs).transpose(0, 1)  # (G, tokens, in)
     out = None
@@ -132,17 +135,12 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
 
 
 def block_diagonal(weight: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """(G, out, in) -> (G * out, G * in), zero between the groups; in a dtype, or its own."""
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return _BlockDiagonal.apply(weight, dtype or weight.dtype)
-    return _block_diagonal(weight, dtype or weight.dtype)
-
-
-def _block_diagonal(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(G, out, in) -> (G * out, G * in), zero between the groups; in a dtype, or its own. It has no
+    gradient."""
     groups, outputs, inputs = weight.shape
     eye = _eye.__wrapped__ if traced() else _eye
     blocks = weight.new_empty(groups, outputs, groups, inputs, dtype=dtype)
-    torch.mul(weight[:, :, None], eye(groups, weight.dtype, weight.device), out=blocks)
+    torch.mul(weight.detach()[:, :, None], eye(groups, weight.dtype, weight.device), out=blocks)
     return blocks.view(groups * outputs, groups * inputs)
 
 
@@ -152,19 +150,34 @@ def _eye(groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.eye(groups, dtype=dtype, device=device).view(groups, 1, groups, 1)
 
 
-class _BlockDiagonal(torch.autograd.Function):
+class _GroupedLinear(torch.autograd.Function):
+    """By a block-diagonal matrix, as one node."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
-        return _block_diagonal(weight, dtype)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        matrix = block_diagonal(weight, linear_dtype(x))
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, matrix)
+        return F.linear(x, matrix, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        groups, outputs, inputs = ctx.shape
-        blocks = grad.reshape(groups, outputs, groups, inputs)
-        return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).to(ctx.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, matrix = ctx.saved_tensors
+        groups, outputs, inputs = ctx.weight_shape
+        with without_autocast(x.device.type):
+            rows = grad.reshape(-1, groups * outputs)
+            of_x = of_weight = of_bias = None
+            if ctx.needs_input_grad[0]:
+                of_x = (rows @ matrix).view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                blocks = rows.t() @ x.reshape(-1, groups * inputs).to(rows.dtype)
+                blocks = blocks.view(groups, outputs, groups, inputs).diagonal(dim1=0, dim2=2)
+                of_weight = blocks.permute(2, 0, 1).to(ctx.weight_dtype)
+            if ctx.needs_input_grad[2]:
+                of_bias = rows.sum(0).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias
 
 
 def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,

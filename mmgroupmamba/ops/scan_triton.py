@@ -1,4 +1,5 @@
-"""The scan as Triton kernels, parallel over L: two launches forward, two backward.
+"""The scan as Triton kernels, parallel over L: two launches forward, two backward; one where the
+sequences are short and many.
 
 The kernels are in ``scan_triton_kernels``; Triton is imported when a scan first runs. They serve
 sequences (``scan``) and maps (``directional_scan``). Each door has two operators that are known to
@@ -24,6 +25,8 @@ MAX_STATES = 4  # states in registers at once; more are scanned in slices
 MAX_RANK = 8  # of a map's step, likewise; more are projected by torch
 _LANES = 128  # of a tile: 4 warps, one (chunk, channel) a thread
 _MANY_LANES = 2**16  # where long chunks still fill a large GPU
+_SHORT = 256  # tokens of a sequence that one lane walks
+_MANY_SEQUENCES = 2**14  # where that fills it
 
 # how the groups of a map walk, bit g for group g
 _COLUMNS = sum(direction.by_columns << g for g, direction in enumerate(DIRECTIONS))
@@ -46,13 +49,15 @@ class Tile(NamedTuple):
 
 
 def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank: int = 0) -> Tile:
-    """One of four tiles for a number of states and a rank: long or short chunks, few or many
-    channels."""
+    """One of a dozen tiles for a number of states and a rank: few or many channels, long or short
+    chunks, or a warp of 32 channels whose chunk is the whole sequence."""
+    step = 8 if states == 1 and rank in (1, 2) else 4  # what the backward has registers for
     channels = 16 if dim <= 16 else 32
+    if channels == 32 and length <= _SHORT and batch * groups * dim >= _MANY_SEQUENCES:
+        return Tile(-(-length // 32) * 32, step, 1, channels)
     chunks = _LANES // channels
     long_chunks = -(-length // 64)
     enough = long_chunks >= chunks and batch * groups * dim * long_chunks >= _MANY_LANES
-    step = 8 if states == 1 and rank in (1, 2) else 4  # what the backward has registers for
     return Tile(64 if enough else 16, step, chunks, channels)
 
 
@@ -178,7 +183,8 @@ def _plan(batch: int, groups: int, dim: int, states: int, width: int, softplus: 
     chunks = -(-length // (tile.T * tile.CHUNKS)) * tile.CHUNKS
     programs = batch * groups * -(-dim // tile.CHANNELS) * (chunks // tile.CHUNKS)
     constants = dict(N=states, RANK=rank, COLUMNS=_COLUMNS if rank else 0,
-                     BACKWARD=_BACKWARD if rank else 0, SOFTPLUS=softplus, **tile._asdict())
+                     BACKWARD=_BACKWARD if rank else 0, SOFTPLUS=softplus, **tile._asdict(),
+                     num_warps=max(tile.CHUNKS * tile.CHANNELS // 32, 1))
     return _Plan(programs, chunks, tile, (height, width, chunks, groups, dim), constants)
 
 
@@ -228,8 +234,11 @@ def _kept_states(plan: _Plan, x: Tensor, A: Tensor, keep: bool) -> Tensor:
 
 
 def _summary(plan: _Plan, x: _Operand, delta: Optional[_Operand], weight: Optional[Tensor],
-             rows: _Operand, A: Tensor, bias: Optional[Tensor], reverse: bool) -> Tensor:
-    """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, 2, C)."""
+             rows: _Operand, A: Tensor, bias: Optional[Tensor], reverse: bool) -> Optional[Tensor]:
+    """Decay and state after each chunk, counted from its tile's start: (batch, chunks, N, 2, C);
+    None if there is but one chunk."""
+    if plan.chunks == 1:
+        return None
     ends = A.new_empty(x.tensor.shape[0], plan.chunks, A.shape[1], 2, A.shape[0])
     launch(_kernels().summary_kernel, plan.programs,
            (x.tensor, _tensor(delta), weight, rows.tensor, A, bias, ends),

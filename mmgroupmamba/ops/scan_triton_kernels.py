@@ -280,7 +280,7 @@ def forward_kernel(
         SOFTPLUS: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
         CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """y (batch, cell, channel), and into `entry`, unless None, the state before every STEP-th
-    token."""
+    token. `ends` is None where a chunk is the whole sequence."""
     part, group, tile, batch = _tile(chunks, groups, dim, CHUNKS, CHANNELS)
     q = tile * CHUNKS + tl.arange(0, CHUNKS)[:, None]
     c = part * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -305,8 +305,11 @@ def forward_kernel(
     rates = _rates(A, channel, valid, N, RANK)
     h = ()
     for n in tl.static_range(N):
-        h += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
-                        N, CHUNKS, CHANNELS, TILES), )
+        if ends is None:
+            h += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
+        else:
+            h += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
+                            N, CHUNKS, CHANNELS, TILES), )
 
     for block in range(T // STEP):
         if entry is not None:
@@ -354,10 +357,11 @@ def backward_kernel(
         CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Gradients of everything.
 
-    With r = decay * dL/dh, which goes from a token to the one before it. dx and, of a given step,
-    ddelta are laid out as (batch, cell, channel). `drows` holds the gradients of the rows, summed
-    over a tile's channels: (part, batch, cell, group, RANK + 2N). `sums` holds those of A, D,
-    bias and weight, summed over a tile's tokens: (batch, tile, N + 2 + RANK, channel).
+    With r = decay * dL/dh, which goes from a token to the one before it; `ends` as forward. dx and,
+    of a given step, ddelta are laid out as (batch, cell, channel). `drows` holds the gradients of
+    the rows, summed over a tile's channels: (part, batch, cell, group, RANK + 2N). `sums` holds
+    those of A, D, bias and weight, summed over a tile's tokens: (batch, tile, N + 2 + RANK,
+    channel).
     """
     part, group, tile, batch = _tile(chunks, groups, dim, CHUNKS, CHANNELS)
     q = tile * CHUNKS + tl.arange(0, CHUNKS)[:, None]
@@ -390,8 +394,11 @@ def backward_kernel(
     dA = ()
     for n in tl.static_range(N):
         dA += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
-        r += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
-                        N, CHUNKS, CHANNELS, TILES), )
+        if ends is None:
+            r += (tl.zeros((CHUNKS, CHANNELS), tl.float32), )
+        else:
+            r += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
+                            N, CHUNKS, CHANNELS, TILES), )
     dD = tl.zeros((CHUNKS, CHANNELS), tl.float32)
     dbias = tl.zeros((CHUNKS, CHANNELS), tl.float32)
     dweight = ()

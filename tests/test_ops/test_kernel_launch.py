@@ -14,7 +14,9 @@ launching = import_module('mmgroupmamba.ops.kernel_launch')
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
+    """And Triton's kernels are entered by their door, which the stand-ins have."""
     monkeypatch.setattr(launching, '_known', {})
+    monkeypatch.setattr(launching, '_TRITON', 'none')
 
 
 class Kernel:
@@ -73,10 +75,11 @@ def test_what_it_is_compiled_for_asks_again(change):
 def test_another_gpu_asks_again(monkeypatch):
     kernel, x, entered = Kernel(), torch.zeros(4), []
     monkeypatch.setattr(torch.cuda, 'device', lambda i: entered.append(i) or nullcontext())
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
     for device in (0, 1, 0, 1):
         monkeypatch.setattr(torch.Tensor, 'get_device', lambda self, device=device: device)
         launch(kernel, x)
-    assert kernel.asked == 2 and entered == [0, 1, 0, 1]
+    assert kernel.asked == 2 and entered == [1, 1]  # it is not entered where it is current
 
 
 def test_two_kernels_are_two():
@@ -118,15 +121,17 @@ class Driver:
         self.utils = SimpleNamespace(
             load_binary=self.load, get_device_properties=lambda _: {'max_shared_mem': 232448})
 
-    def load(self, name, *_):
+    def load(self, name, *_):  # a function of its own each time
         self.loaded += 1
         return 'module', f'{name} {self.loaded}', 32, 0, 1024
 
     def launcher_cls(self, source, metadata):
 
         def run(*args):
-            grid, function, arguments = args[:3], args[4], args[8:]
-            self.launched.append((grid, function, arguments))
+            metadata, enter = args[6:8]
+            if enter is not None:
+                enter(metadata)
+            self.launched.append((args[:3], args[4], args[9:]))
 
         return run
 
@@ -140,11 +145,15 @@ class Driver:
         return self.target
 
 
+@pytest.fixture(scope='module')
+def stand_in():
+    return Driver()  # compiled kernels stay with the one they were compiled for
+
+
 @pytest.fixture
-def driver(monkeypatch):
+def driver(monkeypatch, stand_in):
     from triton.runtime import driver
 
-    stand_in = Driver()
     monkeypatch.setattr(driver, '_active', stand_in)
     return stand_in
 
@@ -177,8 +186,11 @@ def everything(m):
 
 @compiles
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the stand-in has no GPU memory')
-def test_the_same_as_triton_would_launch(driver, monkeypatch):
-    """Every kernel, of several kinds of maps in turn, launched by Triton and by us."""
+@pytest.mark.parametrize('version', ['3.6.', 'another'])
+def test_the_same_as_triton_would_launch(driver, monkeypatch, version):
+    """Every kernel, of several kinds of maps in turn, launched by Triton and by us; past the door
+    of its kernels, and through it."""
+    monkeypatch.setattr(launching, '_TRITON', version)
     kinds = [maps(torch.bfloat16), maps(torch.bfloat16, width=7), maps(torch.float32)]
     turns = []
     for again in (False, False, True):
@@ -194,3 +206,23 @@ def test_the_same_as_triton_would_launch(driver, monkeypatch):
     assert len(by_us) == len(by_triton) == 3 * 11
     assert by_us == by_triton
     assert len({function for _, function, _ in by_us}) > 11
+
+
+@compiles
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the stand-in has no GPU memory')
+def test_hooks_see_every_launch(driver, monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(launching, '_TRITON', '3.6.')
+    seen, m = [], maps(torch.bfloat16)
+
+    def hook(metadata):
+        seen.append(metadata.get()['name'])
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(2):
+            around_scan_triton.CONV.forward(m.x, m.conv, m.weight, 'silu')
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == ['conv_forward_kernel'] * 2

@@ -99,6 +99,7 @@ def test_many_states_go_in_slices(monkeypatch):
 @pytest.mark.parametrize('tile, length, at_once', [
     (Tile(8, 4, 32, 8), 256 + 37, 16),  # the second tile is nearly empty
     (Tile(4, 4, 2, 16), 38, 2),  # five tiles, composed two at once
+    (Tile(40, 4, 1, 8), 38, 16),  # one chunk
 ])
 def test_many_tiles(monkeypatch, tile, length, at_once):
     monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: tile)
@@ -207,6 +208,7 @@ def test_maps_beyond_the_limits_are_laid_out(monkeypatch, limit, rank, states):
 @pytest.mark.parametrize('tile, at_once, shape', [
     (tile_sizes(1, 4, 6, 1, 33, 2), 16, (11, 3)),  # as on a GPU
     (Tile(2, 1, 4, 8), 2, (5, 4)),  # three tiles
+    (Tile(24, 8, 1, 8), 16, (5, 4)),  # one chunk
 ])
 def test_map_of_many_chunks(monkeypatch, tile, at_once, shape):
     monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: tile)
@@ -317,8 +319,23 @@ def test_triton_is_imported_late():
 def test_few_tiles():
     tiles = {tile_sizes(batch, 4, dim, 1, length) for batch in (1, 2, 128)
              for dim in (5, 16, 32, 87, 112) for length in (1, 49, 196, 3136, 67200)}
-    assert len(tiles) <= 4 and {t.CHUNKS * t.CHANNELS for t in tiles} == {128}
+    many = {t for t in tiles if t.CHUNKS > 1}
+    assert len(many) <= 4 and {t.CHUNKS * t.CHANNELS for t in many} == {128}
     assert tile_sizes(2, 4, 16, 1, 67200, 1) == Tile(64, 8, 8, 16)
+
+
+@pytest.mark.parametrize('batch, dim, length, tile', [
+    (128, 87, 196, Tile(224, 4, 1, 32)),
+    (128, 112, 49, Tile(64, 4, 1, 32)),
+    (128, 32, 256, Tile(256, 8, 1, 32)),
+    (128, 32, 257, Tile(64, 8, 4, 32)),
+    (16, 87, 196, Tile(16, 4, 4, 32)),  # too few sequences
+    (128, 16, 49, Tile(16, 8, 8, 16)),  # half a warp
+])
+def test_short_sequences_are_a_chunk_where_they_are_many(batch, dim, length, tile):
+    rank = -(-dim // 16)
+    got = tile_sizes(batch, 4, dim, 1, length, rank)
+    assert got == tile and (got.CHUNKS > 1 or got.T >= length)
 
 
 class Recorder:
@@ -388,9 +405,11 @@ def launches(monkeypatch):
     return recorded
 
 
-def check_compiled(launches, arch):
-    assert [kernel.__name__ for kernel, _ in launches] == [
-        'summary_kernel', 'forward_kernel', 'summary_kernel', 'backward_kernel']
+TWO_PASSES = ['summary_kernel', 'forward_kernel', 'summary_kernel', 'backward_kernel']
+
+
+def check_compiled(launches, arch, names=TWO_PASSES):
+    assert [kernel.__name__ for kernel, _ in launches] == names
     for kernel, arguments in launches:
         registers, spilled = compile_launch(kernel, arguments, arch)
         print(f'{kernel.__name__} on sm_{arch}: {registers} registers')
@@ -435,6 +454,15 @@ def test_compiles_for_maps_without_spills(monkeypatch, launches, arch, dim, dtyp
     monkeypatch.setattr(scan_triton, '_tiles_at_once', _tiles_at_once)
     launch_map(100, 80, dim, dtype)
     check_compiled(launches, arch)
+
+
+@compiles
+@pytest.mark.parametrize('dim', [32, 112])
+def test_one_chunk_compiles_without_spills_or_summaries(monkeypatch, launches, dim):
+    tile = tile_sizes(2**14, 4, dim, 1, 196, -(-dim // 16))
+    monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: tile)
+    launch_map(14, 14, dim, torch.bfloat16)
+    check_compiled(launches, 90, ['forward_kernel', 'backward_kernel'])
 
 
 @compiles
