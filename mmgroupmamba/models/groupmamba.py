@@ -128,11 +128,12 @@ class GroupMamba(BaseModule):
             :func:`mmgroupmamba.ops.selective_scan`.
         fused_ops: 'all', or of 'depthwise_conv' (with bias and activation; the feed-forward's is
             computed again in the backward pass), 'layer_norm', 'add_layer_norm' (residual sum and
-            norm), 'modulate_layer_norm' (the groups' product with the layer's input and its norm)
-            and 'gated_layer_norm' (the groups' norms and gate): those that run as one Triton kernel
-            each on CUDA. The others run as PyTorch defines them. With 'all', a block trains as one
-            function (:func:`mmgroupmamba.ops.training_block`), unless a module in it was replaced
-            or has a hook.
+            norm), 'channel_affinity' (mean, both linear maps and sigmoid), 'modulate_layer_norm'
+            (the groups' product with the layer's input and its norm) and 'gated_layer_norm' (the
+            groups' norms and gate): those that run as Triton kernels on CUDA, one each but for the
+            affinity's two. The others run as PyTorch defines them. With 'all', a block trains as
+            one function (:func:`mmgroupmamba.ops.training_block`), unless a module in it was
+            replaced or has a hook.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             checkpoints as they are and our own; see :func:`mmgroupmamba.checkpoint.load_backbone`.
 

@@ -27,6 +27,7 @@ from mmgroupmamba.ops import (
     FUSED_OPS,
     BlockWeights,
     add_layer_norm,
+    channel_affinity,
     depthwise_conv,
     depthwise_conv_linear,
     directional_scan,
@@ -246,6 +247,7 @@ class ModulatedGroupMamba(nn.Module):
         self.affinity = ChannelAffinity(channels)
         self.ssm = GroupedSSM(channels, scan_backend=scan_backend, fused_ops=fused_ops)
         self.skip_scale = nn.Parameter(torch.ones(1))
+        self.fused_affinity = 'channel_affinity' in fused_ops
         self.fused_modulation = 'modulate_layer_norm' in fused_ops
         self.proj = nn.Linear(channels, channels)
 
@@ -255,10 +257,20 @@ class ModulatedGroupMamba(nn.Module):
     def modulate(self, x: Tensor) -> Tensor:
         """The layer but for the norm at its door."""
         y = self.ssm(x)
-        factor = self.skip_scale * self.affinity(x)
+        factor = self._factor(x)
         if self.fused_modulation:
             return self.proj(self.norm.of_product(y, x, factor))
         return self.proj(self.norm(y * x * factor))
+
+    def _factor(self, x: Tensor) -> Tensor:
+        """What the channels of each image are multiplied by, (B, 1, 1, C)."""
+        affinity = self.affinity
+        if self.fused_affinity and (torch.compiler.is_compiling() or all(
+                map(is_plain, (affinity, affinity.fc1, affinity.fc2)))):
+            fc1, fc2 = affinity.fc1, affinity.fc2
+            return channel_affinity(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+                                    self.skip_scale, 'triton')
+        return self.skip_scale * affinity(x)
 
 
 class ConvFFN(nn.Module):

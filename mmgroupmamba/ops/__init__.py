@@ -2,6 +2,7 @@
 from .around_scan import (
                           FUSED_OPS,
                           add_layer_norm,
+                          channel_affinity,
                           check_fused_ops,
                           depthwise_conv,
                           depthwise_conv_linear,
@@ -27,8 +28,8 @@ from .training_block import BlockWeights, training_block, trains_whole
 
 __all__ = [
     'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'BlockWeights', 'add_layer_norm',
-    'available_backends', 'block_diagonal', 'check_backend', 'check_fused_ops', 'depthwise_conv',
-    'depthwise_conv_linear', 'directional_scan', 'feed_forward', 'from_sequences',
+    'available_backends', 'block_diagonal', 'channel_affinity', 'check_backend', 'check_fused_ops',
+    'depthwise_conv', 'depthwise_conv_linear', 'directional_scan', 'feed_forward', 'from_sequences',
     'gated_layer_norm', 'grouped_linear', 'infers_on_cpu', 'layer_norm', 'linear_dtype',
     'modulate_layer_norm', 'resolve_backend', 'selective_scan', 'to_sequences', 'training_block',
     'trains_whole', 'with_padding', 'without_padding'

@@ -27,8 +27,8 @@ _BACKENDS: dict[str, Optional[ModuleType]] = {
     'torch': None,
     'triton': around_scan_triton,
 }
-FUSED_OPS = ('depthwise_conv', 'layer_norm', 'add_layer_norm', 'modulate_layer_norm',
-             'gated_layer_norm')
+FUSED_OPS = ('depthwise_conv', 'layer_norm', 'add_layer_norm', 'channel_affinity',
+             'modulate_layer_norm', 'gated_layer_norm')
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     'gelu': F.gelu,
     'silu': F.silu,
@@ -203,6 +203,54 @@ def add_layer_norm(x: Tensor,
     with without_autocast(x.device.type):
         total = x + residual
     return total, _wide_layer_norm(total, weight, bias, eps, norm_dtype, real)
+
+
+def channel_affinity(x: Tensor,
+                     squeeze: Tensor,
+                     squeeze_bias: Tensor,
+                     excite: Tensor,
+                     excite_bias: Tensor,
+                     skip: Tensor,
+                     backend: str = 'torch') -> Tensor:
+    """Channel affinity modulation's weights (equations 5 to 7), times the layer's skip_scale.
+
+    Args:
+        x: Map (batch, H, W, C), floating.
+        squeeze, squeeze_bias: Of the first linear map, (R, C) and (R,), R < C.
+        excite, excite_bias: Of the second, (C, R) and (C,).
+        skip: (1,).
+        backend: 'torch' or 'triton'. The Triton kernels keep nothing of the map's size for the
+            backward.
+
+    Returns:
+        skip * sigmoid(excite(relu(squeeze(mean of x)))), (batch, 1, 1, C), in float32 at least.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('channel_affinity: x must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    channels, hidden = x.shape[3], len(squeeze)
+    if not 0 < hidden < channels:
+        raise ValueError(f'channel_affinity: squeeze must be (R, {channels}), R less than '
+                         f'{channels}, got {tuple(squeeze.shape)}')
+    check_tensors('channel_affinity', x.device, x=(x, x.shape),
+                  squeeze=(squeeze, (hidden, channels)), squeeze_bias=(squeeze_bias, (hidden, )),
+                  excite=(excite, (channels, hidden)), excite_bias=(excite_bias, (channels, )),
+                  skip=(skip, (1, )))
+    module = _module('channel_affinity', backend, x.device.type)
+    if module is not None:
+        return module.channel_affinity(x, squeeze, squeeze_bias, excite, excite_bias, skip)
+    with without_autocast(x.device.type):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = x.mean((1, 2), keepdim=True, dtype=wide)
+        squeeze, squeeze_bias, excite, excite_bias, skip = cast(
+            wide, squeeze, squeeze_bias, excite, excite_bias, skip)
+        # not by F.linear, whose backward autocast may stand around
+        hidden = F.relu((mean[..., None, :] * squeeze).sum(-1) + squeeze_bias)
+        return skip * torch.sigmoid((hidden[..., None, :] * excite).sum(-1) + excite_bias)
 
 
 def modulate_layer_norm(y: Tensor,

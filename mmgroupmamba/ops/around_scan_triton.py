@@ -29,6 +29,8 @@ _FORWARD, _BACKWARD = 4, 3
 
 
 _PARTS = 512  # of what the norms' weight and bias are summed over: four a multiprocessor
+_IMAGE_PARTS = 256  # at most, of an image's sum over its tokens: one program sums them up
+_SUMS = 4096  # of its sums that it loads at once, up to 32 a thread
 
 
 class ConvTile(NamedTuple):
@@ -532,6 +534,29 @@ MODULATE = Operator('triton_modulate_layer_norm', _modulate_forward, _modulate_b
                     _differentiate_modulate)
 
 
+def channel_affinity(x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor,
+                     excite_bias: Tensor, skip: Tensor) -> Tensor:
+    """See :func:`mmgroupmamba.ops.channel_affinity`. What is not contiguous is copied.
+
+    Raises:
+        ValueError: float64 input.
+    """
+    tensors = x, squeeze, squeeze_bias, excite, excite_bias, skip
+    _refuse_float64(*tensors)
+    factor, *_ = AFFINITY(*(t.contiguous() for t in tensors))
+    return factor.view(len(x), 1, 1, -1)
+
+
+@lru_cache(maxsize=1024)
+def sum_sizes(batch: int, tokens: int, dim: int) -> tuple[NormTile, int, int]:
+    """Tile of the sum over an image's tokens, its parts, and how many tiles each part sums."""
+    block = 1 << max(dim - 1, 15).bit_length()
+    tile = NormTile(_align(dim, 8), max(4096 // block, 1), block)
+    tiles = -(-tokens // tile.ROWS)
+    together = -(-tiles // min(max(_PROGRAMS // batch, 1), _IMAGE_PARTS))
+    return tile, -(-tiles // together), together
+
+
 def _affinity_sizes(channels: int) -> dict[str, int]:
     """Compile-time sizes of the affinity's kernels: 8 hidden values at once, 16 of their weights a
     thread."""
@@ -539,26 +564,34 @@ def _affinity_sizes(channels: int) -> dict[str, int]:
     return dict(ROWS=8, BLOCK=block, num_warps=min(max(4, block // 64), 16))
 
 
-def affinity_forward(mean: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor,
-                     excite_bias: Tensor, skip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel affinity (equations 5 to 7) of the mean (B, C) of each image's tokens.
+def affinity_forward(x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor,
+                     excite_bias: Tensor, skip: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Channel affinity (equations 5 to 7) of a map (B, H, W, C).
 
     Args:
-        mean: (B, C).
+        x: The map, contiguous.
         squeeze, excite: Weights, (R, C) and (C, R).
         squeeze_bias, excite_bias: (R,) and (C,).
         skip: Of the layer, (1,).
 
     Returns:
-        In float32: hidden values (B, R), affinity (B, C), affinity times skip (B, C).
+        In float32: affinity times skip (B, C), and what the backward takes: the mean of each
+        image's tokens (B, C), hidden values (B, R), affinity (B, C).
     """
-    hidden, channels = squeeze.shape
-    squeezed = mean.new_empty(len(mean), hidden, dtype=torch.float32)
-    affinity, factor = mean.new_empty(2, *mean.shape, dtype=torch.float32)
-    launch(_kernels().affinity_forward_kernel, len(mean),
-           (mean, squeeze, squeeze_bias, excite, excite_bias, skip, squeezed, affinity, factor),
-           (channels, hidden), **_affinity_sizes(channels))
-    return squeezed, affinity, factor
+    batch, height, width, channels = x.shape
+    hidden, area = len(squeeze), height * width
+    tile, parts, together = sum_sizes(batch, area, channels)
+    sums = x.new_empty(batch, parts, channels, dtype=torch.float32)
+    launch(_kernels().sum_kernel, batch * parts, (x, sums),
+           (area, channels // tile.ALIGN, parts, together), **tile._asdict())
+    squeezed = x.new_empty(batch, hidden, dtype=torch.float32)
+    factor, mean, affinity = (x.new_empty(batch, channels, dtype=torch.float32) for _ in range(3))
+    sizes = _affinity_sizes(channels)
+    launch(_kernels().affinity_forward_kernel, batch,
+           (sums, squeeze, squeeze_bias, excite, excite_bias, skip, mean, squeezed, affinity,
+            factor), (channels, hidden, parts, area),
+           PARTS=max(_SUMS // sizes['BLOCK'], 1), **sizes)
+    return factor, mean, squeezed, affinity
 
 
 def affinity_backward(sums: Tensor, affinity: Tensor, squeezed: Tensor, squeeze: Tensor,
@@ -578,3 +611,57 @@ def affinity_backward(sums: Tensor, affinity: Tensor, squeezed: Tensor, squeeze:
            (sums, affinity, squeezed, squeeze, excite, skip, shift), (channels, hidden, area),
            **_affinity_sizes(channels))
     return shift
+
+
+def affinity_gradients(sums: Tensor, mean: Tensor, squeezed: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of squeeze, squeeze_bias, excite, excite_bias and skip, from the sums that
+    :func:`affinity_backward` filled, and these over all images, (5, C)."""
+    hidden = squeezed.shape[1]
+    over_images = sums.sum(0)
+    return (sums[:, 4, :hidden].t() @ mean, over_images[4, :hidden], sums[:, 3].t() @ squeezed,
+            over_images[3], over_images[4, hidden:hidden + 1], over_images)
+
+
+def _affinity_fake(x, squeeze, squeeze_bias, excite, excite_bias, skip):
+    batch, channels = len(x), x.shape[-1]
+    factor, mean, affinity = (x.new_empty(batch, channels, dtype=torch.float32) for _ in range(3))
+    return factor, mean, x.new_empty(batch, len(squeeze), dtype=torch.float32), affinity
+
+
+def _affinity_backward(grad: Tensor, mean: Tensor, squeezed: Tensor, affinity: Tensor,
+                       squeeze: Tensor, excite: Tensor, skip: Tensor, area: int
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """In float32: the gradient (B, C) of each token of an image, and those of the weights, in the
+    order of the arguments."""
+    sums = grad.new_zeros(len(grad), 5, grad.shape[1], dtype=torch.float32)
+    sums[:, 2] = grad
+    shift = affinity_backward(sums, affinity, squeezed, squeeze, excite, skip, area)
+    squeeze, squeeze_bias, excite, excite_bias, skip, _ = affinity_gradients(sums, mean, squeezed)
+    # of what shares memory, copies
+    return shift, squeeze, squeeze_bias.clone(), excite, excite_bias.clone(), skip.clone()
+
+
+def _affinity_backward_fake(grad, mean, squeezed, affinity, squeeze, excite, skip, area):
+    wide = dict(dtype=torch.float32)
+    return (torch.empty_like(mean), squeeze.new_empty(squeeze.shape, **wide),
+            squeeze.new_empty(len(squeeze), **wide), excite.new_empty(excite.shape, **wide),
+            excite.new_empty(len(excite), **wide), skip.new_empty(1, **wide))
+
+
+def _save_affinity(ctx, inputs, output):
+    x, squeeze, squeeze_bias, excite, excite_bias, skip = inputs
+    ctx.like = x.shape, [t.dtype for t in inputs]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], squeeze, excite, skip)
+
+
+def _differentiate_affinity(ctx, backward, grad, *_):
+    shape, dtypes = ctx.like
+    shift, *of_weights = backward(grad, *ctx.saved_tensors, shape[1] * shape[2])
+    grads = shift[:, None, None].expand(shape), *of_weights
+    return tuple(t.to(dtype) for t, dtype in zip(grads, dtypes))
+
+
+AFFINITY = Operator('triton_channel_affinity', affinity_forward, _affinity_backward,
+                    _affinity_fake, _affinity_backward_fake, _save_affinity,
+                    _differentiate_affinity)

@@ -527,15 +527,42 @@ def _matrix(weight, row, column, across, down, inside):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def affinity_forward_kernel(mean, squeeze, squeeze_bias, excite, excite_bias, skip, squeezed,
-                            affinity, factor, channels, hidden,
-                            ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Channel affinity of an image, a program, from the mean of its tokens; factor is the affinity
-    times skip. Of the hidden values ROWS at once."""
+def sum_kernel(x, sums, tokens, units, parts, blocks,
+               ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over `blocks` tiles of an image's tokens, of which it has `parts`: (image, part,
+    channel)."""
+    dim = units * ALIGN
+    image = tl.program_id(0) // parts
+    block = tl.program_id(0) % parts * blocks
+    column = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    end = block + blocks
+    while block < end:
+        at, inside = _image_rows(block, image, tokens, dim, ROWS, BLOCK)
+        total += tl.load(x + at, inside, other=0.).to(tl.float32)
+        block += 1
+    tl.store(sums + tl.program_id(0) * dim + column, tl.sum(total, 0)[None, :], column < dim)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def affinity_forward_kernel(sums, squeeze, squeeze_bias, excite, excite_bias, skip, mean, squeezed,
+                            affinity, factor, channels, hidden, parts, area,
+                            ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Channel affinity of an image, a program, from the sums of its tokens; factor is the affinity
+    times skip. Of the hidden values ROWS at once, of the sums PARTS."""
     image = tl.program_id(0)
     column = tl.arange(0, BLOCK)[None, :]
     known = column < channels
-    m = tl.load(mean + image * channels + column, known, other=0.).to(tl.float32)
+    at = image * channels + column
+    m = tl.zeros((1, BLOCK), tl.float32)
+    first = 0
+    while first < parts:
+        part = first + tl.arange(0, PARTS)[:, None]
+        m += tl.sum(_matrix(sums, image * parts + part, column, channels, 1,
+                            (part < parts) & known), 0)[None, :]
+        first += PARTS
+    m /= area
+    tl.store(mean + at, m, known)
     z = tl.load(excite_bias + column, known, other=0.).to(tl.float32)
     first = 0
     while first < hidden:
@@ -548,7 +575,6 @@ def affinity_forward_kernel(mean, squeeze, squeeze_bias, excite, excite_bias, sk
         z += tl.sum(_matrix(excite, row, column, 1, hidden, inside) * h, 0)[None, :]
         first += ROWS
     a = _sigmoid(z)
-    at = image * channels + column
     tl.store(affinity + at, a, known)
     tl.store(factor + at, a * tl.load(skip).to(tl.float32), known)
 

@@ -198,9 +198,8 @@ def _layer_forward(x: Tensor, branch: Optional[Tensor], w: BlockWeights, eps: fl
     gated = around.GATE.forward(scanned, joint[..., channels:], w.group_norm, w.group_norm_bias,
                                  1e-5, None)
     out = F.linear(gated, w.out_proj)
-    mean = normed.mean((1, 2), dtype=torch.float32)
-    squeezed, affinity, factor = around.affinity_forward(
-        mean, w.squeeze, w.squeeze_bias, w.excite, w.excite_bias, w.skip_scale)
+    factor, mean, squeezed, affinity = around.affinity_forward(
+        normed, w.squeeze, w.squeeze_bias, w.excite, w.excite_bias, w.skip_scale)
     factor = factor.view(-1, 1, 1, channels)
     modulated = around.MODULATE.forward(out, normed, factor, w.norm, w.norm_bias, eps, dtype, None)
     layer = _Layer(total, normed, joint, convolved, rows, states, scanned, gated, out, mean,
@@ -246,12 +245,8 @@ def _layer_backward(grad: Tensor, grad_total: Tensor, branch_dtype: Optional[tor
                                              w.norm, eps, None, image_sums[:, :3])
     shift = around.affinity_backward(image_sums, layer.affinity, layer.squeezed, w.squeeze,
                                      w.excite, w.skip_scale, height * width)
-    hidden = len(w.squeeze)
-    of['excite'] = image_sums[:, 3].t() @ layer.squeezed
-    of['squeeze'] = image_sums[:, 4, :hidden].t() @ layer.mean
-    image_sums = image_sums.sum(0)
-    of['excite_bias'] = image_sums[3]
-    of['squeeze_bias'], of['skip_scale'] = image_sums[4, :hidden], image_sums[4, hidden:hidden + 1]
+    (of['squeeze'], of['squeeze_bias'], of['excite'], of['excite_bias'], of['skip_scale'],
+     image_sums) = around.affinity_gradients(image_sums, layer.mean, layer.squeezed)
 
     of['out_proj'] = _of_weight(grad, layer.gated)
     djoint = torch.empty_like(layer.joint)

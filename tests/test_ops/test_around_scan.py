@@ -19,10 +19,12 @@ from test_selective_scan import DEVICE, relative
 from mmgroupmamba import ops
 from mmgroupmamba.models import GroupMamba, fuse
 from mmgroupmamba.models.fuse import _join_groups, pad_channels
+from mmgroupmamba.models.layers import ChannelAffinity
 from mmgroupmamba.ops import (
     BackendUnavailableError,
     add_layer_norm,
     around_scan_triton,
+    channel_affinity,
     depthwise_conv,
     gated_layer_norm,
     layer_norm,
@@ -68,13 +70,22 @@ def modulate_inputs(batch=2, height=5, width=3, channels=20):
                 bias=randn(channels, seed=3))
 
 
+def affinity_inputs(batch=2, height=5, width=3, channels=20, hidden=3):
+    return dict(x=randn(batch, height, width, channels),
+                squeeze=randn(hidden, channels, seed=1), squeeze_bias=randn(hidden, seed=2),
+                excite=randn(channels, hidden, seed=3), excite_bias=randn(channels, seed=4),
+                skip=randn(1, seed=5))
+
+
 CASES = [
     ('depthwise_conv', conv_inputs, dict(activation='gelu')),
     ('gated_layer_norm', gate_inputs, {}),
     ('add_layer_norm', norm_inputs, {}),
     ('layer_norm', plain_norm_inputs, {}),
     ('modulate_layer_norm', modulate_inputs, {}),
+    ('channel_affinity', affinity_inputs, {}),
 ]
+NORMS = CASES[1:5]
 MAPS = ('x', 'y', 'gate', 'residual')
 
 
@@ -159,7 +170,8 @@ def test_precision_is_the_arguments(operator, inputs, options):
         check(operator, inputs(), torch.float32, 'torch', **options)
     mixed = {k: torch.bfloat16 if k in ('x', 'gate') else torch.float32 for k in inputs()}
     outputs = check(operator, inputs(), mixed, 'torch', tolerance=2 ** -7, **options)
-    wide = operator in ('add_layer_norm', 'modulate_layer_norm')  # the other map's dtype
+    # the other map's dtype, or float32 at least
+    wide = operator in ('add_layer_norm', 'modulate_layer_norm', 'channel_affinity')
     assert outputs[-1].dtype == (torch.float32 if wide else torch.bfloat16)
 
 
@@ -281,7 +293,7 @@ def padded(inputs, width):
 
 
 @pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
-@pytest.mark.parametrize('operator, inputs, options', CASES[1:])
+@pytest.mark.parametrize('operator, inputs, options', NORMS)
 def test_padding_does_not_count(operator, inputs, options, backend):
     """Outputs and gradients are those of the map without it, and zero in it."""
     dtype = torch.float64 if backend == 'torch' else torch.float32
@@ -355,7 +367,8 @@ def test_half_precision_is_float32_inside(operator, inputs, options, dtype):
     # the sum is rounded before it is normed, as PyTorch's
     tolerance = torch.finfo(dtype).eps / (1 if operator == 'add_layer_norm' else 2)
     outputs = check(operator, inputs(1), dtype, tolerance=tolerance, **options)
-    assert all(y.dtype == dtype for y in outputs)
+    assert all(y.dtype == (torch.float32 if operator == 'channel_affinity' else dtype)
+               for y in outputs)
     mixed = {k: dtype if k in MAPS[:1] + MAPS[2:] else torch.float32 for k in inputs()}
     check(operator, inputs(1), mixed, tolerance=tolerance, **options)
 
@@ -477,6 +490,53 @@ def test_norms_operators_are_what_torch_library_is_told():
                        None, autograd=False)
 
 
+def test_channel_affinity_is_the_module():
+    inputs = affinity_inputs()
+    affinity = ChannelAffinity(20)
+    affinity.fc1, affinity.fc2 = nn.Linear(20, 3), nn.Linear(3, 20)
+    affinity.to(DEVICE, torch.float64).load_state_dict({
+        'fc1.weight': inputs['squeeze'], 'fc1.bias': inputs['squeeze_bias'],
+        'fc2.weight': inputs['excite'], 'fc2.bias': inputs['excite_bias']})
+    torch.testing.assert_close(channel_affinity(**inputs), inputs['skip'] * affinity(inputs['x']))
+
+
+@runs
+@pytest.mark.parametrize('shape, hidden', [
+    ((3, 1, 1, 20), 1), ((1, 5, 13, 37), 8), ((2, 9, 15, 65), 11),
+])
+def test_affinity_of_any_size(monkeypatch, shape, hidden):
+    """Several tiles a part, several parts an image, more parts than are summed at once."""
+    tile_of = around_scan_triton.sum_sizes
+
+    def sum_sizes(batch, tokens, dim):
+        tile, *_ = tile_of(batch, tokens, dim)
+        tiles = -(-tokens // 4)
+        return tile._replace(ROWS=4), -(-tiles // 3), 3
+
+    inputs = affinity_inputs(*shape, hidden)
+    check('channel_affinity', inputs, torch.float32)
+    monkeypatch.setattr(around_scan_triton, 'sum_sizes', sum_sizes)
+    monkeypatch.setattr(around_scan_triton, '_SUMS', 1)
+    check('channel_affinity', inputs, torch.float32)
+
+
+def test_sizes_of_a_sum():
+    for batch, tokens, dim in ((128, 3136, 64), (128, 49, 448), (1, 200_704, 64), (1, 1, 348)):
+        tile, parts, together = around_scan_triton.sum_sizes(batch, tokens, dim)
+        assert tile.ROWS * (parts * together - together) < tokens <= tile.ROWS * parts * together
+        assert parts <= 256 and (parts == 1 or batch * parts <= 1024)
+
+
+@runs
+def test_affinity_operators_are_what_torch_library_is_told():
+    inputs = [v.float().requires_grad_() for v in affinity_inputs(2, 2).values()]
+    check_operator(around_scan_triton.AFFINITY.op, *inputs, autograd=True)
+    x, squeeze, _, excite, _, skip = (v.detach() for v in inputs)
+    grad, mean, squeezed, affinity = around_scan_triton.AFFINITY.op(*inputs)
+    check_operator(around_scan_triton.AFFINITY.backward_op, grad.detach(), mean.detach(),
+                   squeezed.detach(), affinity.detach(), squeeze, excite, skip, 6, autograd=False)
+
+
 @runs
 def test_modulation_operators_are_what_torch_library_is_told():
     inputs = [v.float().requires_grad_() for v in modulate_inputs(2, 2).values()]
@@ -522,6 +582,9 @@ def test_backend_by_name_never_falls_back(monkeypatch, operator, inputs, options
     (*CASES[3], 'x', (2, 15, 20)), (*CASES[3], 'weight', (1, )), (*CASES[3], 'bias', (20, 1)),
     (*CASES[4], 'y', (2, 15, 20)), (*CASES[4], 'x', (2, 5, 1, 20)),
     (*CASES[4], 'factor', (2, 20)), (*CASES[4], 'weight', (1, )), (*CASES[4], 'bias', (20, 1)),
+    (*CASES[5], 'x', (2, 15, 20)), (*CASES[5], 'squeeze', (20, 20)),
+    (*CASES[5], 'squeeze_bias', (3, 1)), (*CASES[5], 'excite', (3, 20)),
+    (*CASES[5], 'excite_bias', (1, )), (*CASES[5], 'skip', (20, )),
 ])
 def test_wrong_shape_is_named(operator, inputs, options, name, shape):
     with pytest.raises(ValueError, match=f'{operator}: {name} must be'):
@@ -529,7 +592,7 @@ def test_wrong_shape_is_named(operator, inputs, options, name, shape):
                                **options)
 
 
-@pytest.mark.parametrize('operator, inputs, options', CASES[1:])
+@pytest.mark.parametrize('operator, inputs, options', NORMS)
 @pytest.mark.parametrize('real', [0, 6])
 def test_wrong_padding_is_named(operator, inputs, options, real):
     with pytest.raises(ValueError, match=f'{operator}: real must be 1 to 5, of 4 groups'):
@@ -568,7 +631,7 @@ def launches_of(monkeypatch, operator, inputs, dtypes, **options):
     if isinstance(dtypes, torch.dtype):
         dtypes = dict.fromkeys(inputs, dtypes)
     inputs = {k: torch.empty(v.shape, dtype=dtypes[k]).requires_grad_() for k, v in inputs.items()}
-    if operator != 'depthwise_conv':
+    if operator not in ('depthwise_conv', 'channel_affinity'):
         options['real'] = None
     outputs = getattr(around_scan_triton, operator)(**inputs, **options)
     outputs = (outputs, ) if isinstance(outputs, torch.Tensor) else outputs
@@ -630,6 +693,8 @@ def test_few_variants_of_the_norms(monkeypatch):
      dict(eps=1e-5, norm_dtype=torch.bfloat16), torch.bfloat16),
     ('modulate_layer_norm', modulate_inputs(1, 1, 1, 512),
      dict(eps=1e-5, norm_dtype=torch.float32), torch.float32),
+    ('channel_affinity', affinity_inputs(1, 1, 1, 64, 4), {}, torch.bfloat16),
+    ('channel_affinity', affinity_inputs(1, 1, 1, 512, 32), {}, torch.float32),
 ])
 def test_compiles_without_spills(monkeypatch, operator, inputs, options, dtype, arch):
     dtypes = {k: dtype if k in ('x', 'gate', 'residual') or k == 'y' and 'factor' in inputs

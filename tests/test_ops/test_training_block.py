@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from test_around_scan import randn
 from test_scan_triton import (
     Recorder,
@@ -34,6 +35,7 @@ from mmgroupmamba.ops import (
 from mmgroupmamba.ops.training_block import _places, _prepare
 
 module = import_module('mmgroupmamba.ops.training_block')
+_GroupedLinear = import_module('mmgroupmamba.ops.directional_scan')._GroupedLinear
 CHANNELS = 20
 
 
@@ -174,9 +176,9 @@ def test_affinity_is_the_layers(channels, hidden):
 
     squeeze, squeeze_bias, excite, excite_bias = (p.detach().float()
                                                   for p in affinity.parameters())
-    mean = x.detach().mean((1, 2)).float()
-    squeezed, values, got = around_scan_triton.affinity_forward(
-        mean, squeeze, squeeze_bias, excite, excite_bias, skip.detach().float())
+    got, mean, squeezed, values = around_scan_triton.affinity_forward(
+        x.detach().float(), squeeze, squeeze_bias, excite, excite_bias, skip.detach().float())
+    assert relative(mean, x.detach().mean((1, 2))) < 1e-6
     assert relative(got, factor.flatten(1)) < 1e-6
     assert hidden == 1 or (squeezed == 0).any() and (squeezed > 0).any()
     sums = torch.full((3, 5, channels), torch.nan, device=DEVICE)
@@ -353,11 +355,38 @@ def test_places_of_block_diagonal_matrices():
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_block_diagonal(dtype):
-    weight = torch.randn(4, 3, 5, device=DEVICE, requires_grad=True)
-    other = weight.detach().requires_grad_()
-    got, want = block_diagonal(weight, dtype), torch.block_diag(*other)
+    weight = torch.randn(4, 3, 5, device=DEVICE)
+    got, want = block_diagonal(weight, dtype), torch.block_diag(*weight)
     assert torch.equal(got, want.to(dtype or torch.float32))
-    for matrix in (got, want):
-        matrix.backward(torch.arange(240., device=DEVICE).view(12, 20).to(matrix.dtype))
-    assert weight.grad.dtype == torch.float32
-    torch.testing.assert_close(weight.grad, other.grad, atol=0, rtol=2**-8)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('frozen', [None, 0, 1])
+def test_grouped_linear_by_a_block_diagonal_matrix(bias, frozen):
+    """As on CUDA, against a map for each group; what is frozen gets no gradient."""
+    inputs = [torch.randn(2, 3, 20), torch.randn(4, 3, 5), torch.randn(12)][:2 + bias]
+    inputs = [t.to(DEVICE, torch.float64).requires_grad_(i != frozen)
+              for i, t in enumerate(inputs)]
+    x, weight, *rest = inputs
+    got = _GroupedLinear.apply(x, weight, rest[0] if bias else None)
+    want = torch.cat([F.linear(part, one) for part, one in zip(x.chunk(4, -1), weight)], -1)
+    want = want + rest[0] if bias else want
+    torch.testing.assert_close(got, want)
+    learned = [t for t in inputs if t.requires_grad]
+    cotangent = torch.randn_like(got).transpose(0, 1).contiguous().transpose(0, 1)
+    for one, other in zip(*(torch.autograd.grad(y, learned, cotangent) for y in (got, want))):
+        torch.testing.assert_close(one, other)
+
+
+def test_grouped_linear_under_autocast():
+    x, weight = (torch.randn(shape, device=DEVICE).requires_grad_()
+                 for shape in ((2, 3, 20), (4, 3, 5)))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = _GroupedLinear.apply(x, weight, None)
+    assert got.dtype == torch.bfloat16
+    want = F.linear(x, torch.block_diag(*weight))
+    grads, want_grads = (torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+                         for y in (got, want))
+    for one, other in zip((got, *grads), (want, *want_grads)):
+        assert one is got or one.dtype == torch.float32
+        assert relative(one, other) < 2**-7
