@@ -201,12 +201,16 @@ def _pad_norm(norm: LayerNorm, real: int, width: int) -> None:
 
 
 def _join_groups(part: nn.Module) -> None:
-    """Each grouped linear map as one; where kernels read parts of a map, two of them as one."""
+    """Each grouped linear map as one; where kernels read parts of a map, two of them as one. Rows
+    of step, B and C are made a multiple of 16 bytes in half precision."""
     for ssm in [m for m in part.modules() if isinstance(m, GroupedSSM)]:
         names = [name for name in ('in_proj', 'gate_proj', 'x_proj', 'out_proj')
                  if isinstance(getattr(ssm, name), GroupedLinear)]
         for name in names:
-            setattr(ssm, name, _linear(block_diagonal(getattr(ssm, name).weight)))
+            weight = getattr(ssm, name).weight
+            if name == 'x_proj':
+                weight = F.pad(weight, (0, 0, 0, weight.shape[1] % 2))
+            setattr(ssm, name, _linear(block_diagonal(weight)))
         if names and ssm.conv.backend == ssm.norm.backend == 'triton':
             ssm.joint_proj = _linear(torch.cat([ssm.in_proj.weight, ssm.gate_proj.weight]))
             ssm.in_proj = ssm.gate_proj = None

@@ -207,9 +207,12 @@ class GroupedSSM(nn.Module):
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32
         or, where the norms are one kernel with the gate, in the map's dtype."""
         grouped = *x.shape[:3], GROUPS, -1
+        x_dbl, values = self.x_proj(x).view(grouped), self.dt_rank + 2 * self.d_state
+        if x_dbl.shape[-1] > values:  # padded; see models/fuse.py
+            x_dbl = x_dbl[..., :values]
         return directional_scan(
             x.view(grouped),
-            self.x_proj(x).view(grouped),  # (B, H, W, 4, R + 2N)
+            x_dbl,  # (B, H, W, 4, R + 2N)
             self.dt_proj.weight,
             self.A_log,
             self.D,

@@ -185,6 +185,7 @@ def test_a_layer(monkeypatch):
     assert not any(isinstance(module, GroupedLinear) and module is not layer.ssm.dt_proj
                    for module in layer.modules())
     assert fuse(layer, torch.bfloat16).ssm.x_proj.weight.dtype == torch.bfloat16
+    assert layer.ssm.x_proj.weight.shape == (4 * 4, 24)  # of R + 2N = 3 values, a fourth
 
 
 def test_cast_for_autocast_changes_nothing():
