@@ -21,12 +21,13 @@ from .precision import cast, linear_dtype, without_autocast
 from .scan_triton import why_not as why_not  # the same Triton, the same devices
 
 GROUPS = len(DIRECTIONS)
-_LANES = 256  # of a tile of the convolution, two a thread
-_PROGRAMS = 1024  # of a launch that fills a large GPU twice over
-# Columns of a lane. An input pixel is loaded (K + 2) / K times forward. Backward, z is computed
-# (K + 2) / K times; a fourth column would take 217 registers instead of 128.
-_FORWARD, _BACKWARD = 4, 3
-
+_LANES = 128, 256  # of a tile of the convolution, forward and backward; two a thread
+_PROGRAMS = 1024  # of a launch of 4 warps that fills a large GPU twice over
+# Columns of a lane. An input pixel is loaded (K + 2) / K times forward: 7 where they waste fewer
+# lanes, as in maps 7 or 14 wide. Backward, z is computed (K + 2) / K times; a fourth column would
+# take 217 registers instead of 128.
+_FORWARD, _BACKWARD = (4, 7), 3
+_FORWARD_WARPS = 2  # of the norms and of the convolution: 16 values a thread, 10 to 30 % faster
 
 _PARTS = 512  # of what the norms' weight and bias are summed over: four a multiprocessor
 _IMAGE_PARTS = 256  # at most, of an image's sum over its tokens: one program sums them up
@@ -47,11 +48,12 @@ class ConvTile(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def conv_sizes(batch: int, height: int, width: int, channels: int, columns: int
+def conv_sizes(batch: int, height: int, width: int, channels: int, backward: bool
                ) -> tuple[ConvTile, int, int]:
     """Tile, the rows that a lane walks, and the programs of a channel tile."""
+    columns = _BACKWARD if backward else min(_FORWARD, key=lambda c: -(-width // c) * c)
     block = 64 if (channels - 1) % 64 >= 32 else 32  # the one that wastes fewer lanes
-    tile = ConvTile(columns, _LANES // block, block)
+    tile = ConvTile(columns, _LANES[backward] // block, block)
     across = -(-batch * -(-width // columns) // tile.STRIPS)
     programs = across * -(-channels // block)
     # no fewer than 8 rows: each part reads two or four more
@@ -124,18 +126,20 @@ def _kernels() -> ModuleType:
     return import_module('.around_scan_triton_kernels', __package__)
 
 
-def _launch_conv(kernel: str, columns: int, x: Tensor, *tensors: Tensor, **constants: Any) -> None:
+def _launch_conv(kernel: str, backward: bool, x: Tensor, *tensors: Tensor, **constants: Any
+                 ) -> None:
     batch, height, width, channels = x.shape
-    tile, rows, programs = conv_sizes(*x.shape, columns)
+    tile, rows, programs = conv_sizes(*x.shape, backward)
     align = _align(channels, 2)  # what a thread loads at once
     launch(getattr(_kernels(), kernel), programs * -(-channels // tile.CHANNELS), (x, *tensors),
            (batch, height, width, rows, channels // align, _pitch(x) // align),
-           **constants, ALIGN=align, **tile._asdict())
+           **constants, ALIGN=align, **tile._asdict(),
+           num_warps=tile.STRIPS * tile.CHANNELS // 64)
 
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     y = _contiguous_like(x)
-    _launch_conv('conv_forward_kernel', _FORWARD, x, weight, bias, y, ACTIVATION=activation)
+    _launch_conv('conv_forward_kernel', False, x, weight, bias, y, ACTIVATION=activation)
     return y
 
 
@@ -154,9 +158,9 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activat
                   dx: Tensor) -> Tensor:
     """The gradients of taps and bias, (10, C) in float32. That of x fills dx, (B, H, W, C), which
     is contiguous or has its pixels as far apart as those of x."""
-    programs = conv_sizes(*x.shape, _BACKWARD)[2]
+    programs = conv_sizes(*x.shape, True)[2]
     sums = x.new_empty(programs, 10, x.shape[-1], dtype=torch.float32)
-    _launch_conv('conv_backward_kernel', _BACKWARD, x, grad.contiguous(), weight, bias, dx, sums,
+    _launch_conv('conv_backward_kernel', True, x, grad.contiguous(), weight, bias, dx, sums,
                  ACTIVATION=activation, PITCHED=not dx.is_contiguous())
     return sums.sum(0)
 
@@ -248,7 +252,7 @@ def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: fl
     out = _contiguous_like(gate)
     launch(_kernels().gate_forward_kernel, blocks * groups, (y, gate, weight, bias, out),
            (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN,
-            *_counted(dim, 1, real), float(eps)), **tile._asdict())
+            *_counted(dim, 1, real), float(eps)), **tile._asdict(), num_warps=_FORWARD_WARPS)
     return out
 
 
@@ -330,7 +334,8 @@ def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Te
     tokens = x.numel() // dim
     tile, blocks, _ = norm_sizes(tokens, dim)
     launch(_kernels().norm_forward_kernel, blocks, (x, residual, weight, bias, total, out),
-           (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), float(eps)), **tile._asdict())
+           (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), float(eps)), **tile._asdict(),
+           num_warps=_FORWARD_WARPS)
 
 
 def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
@@ -477,7 +482,7 @@ def _modulate_forward(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias
     launch(_kernels().modulate_forward_kernel, len(x) * tiles, (y, x, factor, weight, bias, out),
            (tokens, x.shape[-1] // tile.ALIGN, tiles, *_counted(x.shape[-1], GROUPS, real),
             float(eps)),
-           **tile._asdict())
+           **tile._asdict(), num_warps=_FORWARD_WARPS)
     return out
 
 
@@ -553,7 +558,7 @@ def sum_sizes(batch: int, tokens: int, dim: int) -> tuple[NormTile, int, int]:
     block = 1 << max(dim - 1, 15).bit_length()
     tile = NormTile(_align(dim, 8), max(4096 // block, 1), block)
     tiles = -(-tokens // tile.ROWS)
-    together = -(-tiles // min(max(_PROGRAMS // batch, 1), _IMAGE_PARTS))
+    together = -(-tiles // min(max(2 * _PROGRAMS // batch, 1), _IMAGE_PARTS))
     return tile, -(-tiles // together), together
 
 

@@ -49,12 +49,12 @@ class Tile(NamedTuple):
 
 
 def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank: int = 0) -> Tile:
-    """One of a dozen tiles for a number of states and a rank: few or many channels, long or short
-    chunks, or a warp of 32 channels whose chunk is the whole sequence."""
+    """One of four tiles for a number of states and a rank: few or many channels, long or short
+    chunks; or, with many short sequences, a warp of 32 channels, each of which is one chunk."""
     step = 8 if states == 1 and rank in (1, 2) else 4  # what the backward has registers for
     channels = 16 if dim <= 16 else 32
     if channels == 32 and length <= _SHORT and batch * groups * dim >= _MANY_SEQUENCES:
-        return Tile(-(-length // 32) * 32, step, 1, channels)
+        return Tile(-(-length // 8) * 8, step, 1, channels)
     chunks = _LANES // channels
     long_chunks = -(-length // 64)
     enough = long_chunks >= chunks and batch * groups * dim * long_chunks >= _MANY_LANES

@@ -325,8 +325,8 @@ def test_few_tiles():
 
 
 @pytest.mark.parametrize('batch, dim, length, tile', [
-    (128, 87, 196, Tile(224, 4, 1, 32)),
-    (128, 112, 49, Tile(64, 4, 1, 32)),
+    (128, 87, 196, Tile(200, 4, 1, 32)),
+    (128, 112, 49, Tile(56, 4, 1, 32)),
     (128, 32, 256, Tile(256, 8, 1, 32)),
     (128, 32, 257, Tile(64, 8, 4, 32)),
     (16, 87, 196, Tile(16, 4, 4, 32)),  # too few sequences

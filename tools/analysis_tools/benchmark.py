@@ -70,6 +70,9 @@ PRESETS = {  # (H, W, batch)
     'segmentation': [(512, 512, 4)],
     'detection': [(800, 1344, 2)],
     'sweep': [(side, side, 1) for side in (224, 448, 896, 1344, 1792)],
+    # as many pixels at once, or a few more: small images alone leave a GPU idle
+    'sweep-filled': [(224, 224, 64), (448, 448, 16), (896, 896, 4), (1344, 1344, 2),
+                     (1792, 1792, 1)],
 }
 PASSES = ('forward', 'forward+backward', 'train-step')
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
