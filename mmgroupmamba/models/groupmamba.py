@@ -81,7 +81,8 @@ class Stage(nn.Module):
     """Patch embedding, blocks and the norm through which the map leaves the stage.
 
     Attributes:
-        crop: Takes padding channels away again; see :func:`~.fuse.pad_channels`.
+        crop: Takes padding channels from the map for whoever is outside the backbone; see
+            :func:`~.fuse.pad_channels`.
     """
 
     def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module) -> None:
@@ -100,11 +101,11 @@ class Stage(nn.Module):
             if isinstance(maps, Tensor):
                 maps = (maps, )
         if len(maps) == 1:
-            return self.crop(self.norm(maps[0]))
+            return self.norm(maps[0])
         x, branch = maps
         if isinstance(self.norm, LayerNorm):
-            return self.crop(self.norm.of_sum(branch, x)[1])
-        return self.crop(self.norm(x + branch))
+            return self.norm.of_sum(branch, x)[1]
+        return self.norm(x + branch)
 
 
 @MODELS.register_module()
@@ -225,7 +226,7 @@ class GroupMamba(BaseModule):
         for i, stage in enumerate(self.stages):
             x = stage(x, self.with_cp and self.training)
             if i in self.out_indices:
-                outs.append(x.permute(0, 3, 1, 2).contiguous())
+                outs.append(stage.crop(x).permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
 
     def _freeze(self) -> None:

@@ -38,6 +38,8 @@ from mmgroupmamba.ops import (
     layer_norm,
     linear_dtype,
     modulate_layer_norm,
+    projected_scan,
+    scans_projected,
     training_block,
     trains_whole,
 )
@@ -206,6 +208,11 @@ class GroupedSSM(nn.Module):
     def scan(self, x: Tensor) -> Tensor:
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32
         or, where the norms are one kernel with the gate, in the map's dtype."""
+        out_dtype = x.dtype if self.norm.backend == 'triton' else None
+        if (type(self.x_proj) is GroupedLinear and is_plain(self.x_proj)
+                and scans_projected(x, self.dt_proj.weight, self.A_log, self.scan_backend)):
+            return projected_scan(x, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
+                                  self.dt_bias, out_dtype)
         grouped = *x.shape[:3], GROUPS, -1
         x_dbl, values = self.x_proj(x).view(grouped), self.dt_rank + 2 * self.d_state
         if x_dbl.shape[-1] > values:  # padded; see models/fuse.py
@@ -218,7 +225,7 @@ class GroupedSSM(nn.Module):
             self.D,
             self.dt_bias,
             backend=self.scan_backend,
-            out_dtype=x.dtype if self.norm.backend == 'triton' else None)
+            out_dtype=out_dtype)
 
 
 class ChannelAffinity(nn.Module):

@@ -17,6 +17,7 @@ from .directions import DIRECTIONS, from_sequences, to_sequences
 from .feed_forward import feed_forward
 from .operator import infers_on_cpu
 from .precision import linear_dtype
+from .projected_scan import projected_scan, scans_projected
 from .selective_scan import (
                           BackendUnavailableError,
                           available_backends,
@@ -31,6 +32,6 @@ __all__ = [
     'available_backends', 'block_diagonal', 'channel_affinity', 'check_backend', 'check_fused_ops',
     'depthwise_conv', 'depthwise_conv_linear', 'directional_scan', 'feed_forward', 'from_sequences',
     'gated_layer_norm', 'grouped_linear', 'infers_on_cpu', 'layer_norm', 'linear_dtype',
-    'modulate_layer_norm', 'resolve_backend', 'selective_scan', 'to_sequences', 'training_block',
-    'trains_whole', 'with_padding', 'without_padding'
+    'modulate_layer_norm', 'projected_scan', 'resolve_backend', 'scans_projected', 'selective_scan',
+    'to_sequences', 'training_block', 'trains_whole', 'with_padding', 'without_padding'
 ]

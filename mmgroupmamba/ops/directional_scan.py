@@ -54,7 +54,7 @@ def directional_scan(x: Tensor,
         ValueError: Shapes, dtypes or devices do not fit together, or the backend is unknown.
         BackendUnavailableError: The backend asked for by name cannot run on this device.
     """
-    _check(x, x_dbl, dt_weight, A_log, D, dt_bias)
+    check(x, x_dbl, dt_weight, A_log, D, dt_bias)
     out_dtype = out_dtype or torch.promote_types(x.dtype, torch.float32)
     if x.shape[1:3] == (1, 1) and not torch.is_grad_enabled():
         return one_token(x, x_dbl, dt_weight, D, dt_bias).to(out_dtype)
@@ -135,13 +135,20 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
 
 
 def block_diagonal(weight: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """(G, out, in) -> (G * out, G * in), zero between the groups; in a dtype, or its own. It has no
-    gradient."""
+    """(G, out, in) -> (G * out, G * in), zero between the groups; in a dtype, or its own. Without
+    gradients."""
     groups, outputs, inputs = weight.shape
     eye = _eye.__wrapped__ if traced() else _eye
     blocks = weight.new_empty(groups, outputs, groups, inputs, dtype=dtype)
-    torch.mul(weight.detach()[:, :, None], eye(groups, weight.dtype, weight.device), out=blocks)
+    torch.mul(weight.unsqueeze(2), eye(groups, weight.dtype, weight.device), out=blocks)
     return blocks.view(groups * outputs, groups * inputs)
+
+
+def of_block_diagonal(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """(G * out, G * in) -> (G, out, in): what :func:`block_diagonal` made it of."""
+    groups, outputs, inputs = shape
+    blocks = matrix.view(groups, outputs, groups, inputs).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1)
 
 
 @lru_cache(maxsize=16)
@@ -172,16 +179,16 @@ class _GroupedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_x = (rows @ matrix).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                blocks = rows.t() @ x.reshape(-1, groups * inputs).to(rows.dtype)
-                blocks = blocks.view(groups, outputs, groups, inputs).diagonal(dim1=0, dim2=2)
-                of_weight = blocks.permute(2, 0, 1).to(ctx.weight_dtype)
+                matrix = rows.t() @ x.reshape(-1, groups * inputs).to(rows.dtype)
+                of_weight = of_block_diagonal(matrix, ctx.weight_shape).to(ctx.weight_dtype)
             if ctx.needs_input_grad[2]:
                 of_bias = rows.sum(0).to(ctx.bias_dtype)
         return of_x, of_weight, of_bias
 
 
-def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
-           dt_bias: Tensor) -> None:
+def check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
+          dt_bias: Tensor) -> None:
+    """Raise ValueError unless the arguments are what :func:`directional_scan` wants."""
     if x.dim() != 5 or x.shape[3] != _GROUPS or 0 in x.shape:
         raise ValueError('directional_scan: x must be (batch, H, W, 4, d) and not empty, got '
                          f'{tuple(x.shape)}')

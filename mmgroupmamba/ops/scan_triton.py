@@ -48,14 +48,18 @@ class Tile(NamedTuple):
     CHANNELS: int
 
 
-def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank: int = 0) -> Tile:
+def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank: int = 0,
+               keep: bool = True) -> Tile:
     """One of four tiles for a number of states and a rank: few or many channels, long or short
-    chunks; or, with many short sequences, a warp of 32 channels, each of which is one chunk."""
-    step = 8 if states == 1 and rank in (1, 2) else 4  # what the backward has registers for
+    chunks. Where there are many short sequences, each is one chunk, or the four of one tile."""
+    # what the backward has registers for; if it does not follow, the forward has more
+    step = 8 if states == 1 and (rank in (1, 2) or rank and not keep) else 4
     channels = 16 if dim <= 16 else 32
-    if channels == 32 and length <= _SHORT and batch * groups * dim >= _MANY_SEQUENCES:
-        return Tile(-(-length // 8) * 8, step, 1, channels)
     chunks = _LANES // channels
+    if channels == 32 and batch * groups * dim >= _MANY_SEQUENCES:
+        for few in (1, chunks):
+            if length <= few * _SHORT:
+                return Tile(-(-length // (8 * few)) * 8, step, few, channels)
     long_chunks = -(-length // 64)
     enough = long_chunks >= chunks and batch * groups * dim * long_chunks >= _MANY_LANES
     return Tile(64 if enough else 16, step, chunks, channels)
@@ -176,10 +180,10 @@ def _kernels() -> ModuleType:
 
 @lru_cache(maxsize=1024)
 def _plan(batch: int, groups: int, dim: int, states: int, width: int, softplus: bool,
-          height: int = 1, rank: int = 0) -> _Plan:
+          height: int = 1, rank: int = 0, keep: bool = True) -> _Plan:
     """The launch for sequences of `width` tokens, or for maps whose step has a rank."""
     length = height * width
-    tile = tile_sizes(batch, groups, dim, states, length, rank)
+    tile = tile_sizes(batch, groups, dim, states, length, rank, keep)
     chunks = -(-length // (tile.T * tile.CHUNKS)) * tile.CHUNKS
     programs = batch * groups * -(-dim // tile.CHANNELS) * (chunks // tile.CHUNKS)
     constants = dict(N=states, RANK=rank, COLUMNS=_COLUMNS if rank else 0,
@@ -195,10 +199,10 @@ def _plan_sequences(u: Tensor, B: Tensor, softplus: bool) -> _Plan:
     return _plan(batch, groups, channels // groups, states, length, softplus)
 
 
-def _plan_maps(x: Tensor, dt_weight: Tensor, A_log: Tensor) -> _Plan:
+def _plan_maps(x: Tensor, dt_weight: Tensor, A_log: Tensor, keep: bool = True) -> _Plan:
     """For x (batch, H, W, 4, d), dt_weight (4, d, R) and A_log (channels, N)."""
     batch, height, width, groups, dim = x.shape
-    return _plan(batch, groups, dim, A_log.shape[1], width, True, height, dt_weight.shape[2])
+    return _plan(batch, groups, dim, A_log.shape[1], width, True, height, dt_weight.shape[2], keep)
 
 
 class _Operand(NamedTuple):
@@ -379,7 +383,7 @@ SEQUENCES = Operator('triton_scan', _forward, _backward, _forward_fake, _backwar
 def _map_forward(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
                  bias: Tensor, keep: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """y (batch, H, W, 4, d), and the states that the backward starts from (none unless keep)."""
-    plan = _plan_maps(x, dt_weight, A_log)
+    plan = _plan_maps(x, dt_weight, A_log, keep)
     dt_weight, A_log, D, bias = _contiguous(dt_weight, A_log, D, bias)
     y = x.new_empty(x.shape, dtype=out_dtype)
     entry = _kept_states(plan, x, A_log, keep)

@@ -319,8 +319,9 @@ def test_triton_is_imported_late():
 def test_few_tiles():
     tiles = {tile_sizes(batch, 4, dim, 1, length) for batch in (1, 2, 128)
              for dim in (5, 16, 32, 87, 112) for length in (1, 49, 196, 3136, 67200)}
-    many = {t for t in tiles if t.CHUNKS > 1}
-    assert len(many) <= 4 and {t.CHUNKS * t.CHANNELS for t in many} == {128}
+    usual = {t for t in tiles if t.T in (16, 64) and t.CHUNKS > 1}
+    assert len(usual) <= 4 and {t.CHUNKS * t.CHANNELS for t in usual} == {128}
+    assert all(t in usual or t.T % 8 == 0 and t.T <= 256 for t in tiles)
     assert tile_sizes(2, 4, 16, 1, 67200, 1) == Tile(64, 8, 8, 16)
 
 
@@ -328,14 +329,18 @@ def test_few_tiles():
     (128, 87, 196, Tile(200, 4, 1, 32)),
     (128, 112, 49, Tile(56, 4, 1, 32)),
     (128, 32, 256, Tile(256, 8, 1, 32)),
-    (128, 32, 257, Tile(64, 8, 4, 32)),
+    (128, 32, 257, Tile(72, 8, 4, 32)),
+    (128, 32, 784, Tile(200, 8, 4, 32)),
+    (128, 32, 1025, Tile(64, 8, 4, 32)),
     (16, 87, 196, Tile(16, 4, 4, 32)),  # too few sequences
     (128, 16, 49, Tile(16, 8, 8, 16)),  # half a warp
 ])
 def test_short_sequences_are_a_chunk_where_they_are_many(batch, dim, length, tile):
     rank = -(-dim // 16)
     got = tile_sizes(batch, 4, dim, 1, length, rank)
-    assert got == tile and (got.CHUNKS > 1 or got.T >= length)
+    assert got == tile
+    # all ranks of the model have registers for 8 tokens forward
+    assert tile_sizes(batch, 4, dim, 1, length, rank, False) == tile._replace(STEP=8)
 
 
 class Recorder:
@@ -431,15 +436,16 @@ def test_compiles_without_spills(monkeypatch, launches, arch, tile, dtype):
     check_compiled(launches, arch)
 
 
-def launch_map(height, width, dim, dtype):
-    """Both passes over one map, with the model's rank and one state."""
+def launch_map(height, width, dim, dtype, keep=True):
+    """Both passes over one map, or without `keep` one, with the model's rank and one state."""
     rank = -(-dim // 16)
     x, x_dbl = (torch.empty(1, height, width, 4, values, dtype=dtype)
                 for values in (dim, rank + 2))
     weights = [torch.empty(shape) for shape in (
         (4, dim, rank), (4 * dim, 1), (4 * dim, ), (4 * dim, ))]
-    y, entry = scan_triton._map_forward(x, x_dbl, *weights, True, torch.float32)
-    scan_triton._map_backward(y, x, x_dbl, *weights, entry)
+    y, entry = scan_triton._map_forward(x, x_dbl, *weights, keep, torch.float32)
+    if keep:
+        scan_triton._map_backward(y, x, x_dbl, *weights, entry)
 
 
 @compiles
@@ -459,10 +465,19 @@ def test_compiles_for_maps_without_spills(monkeypatch, launches, arch, dim, dtyp
 @compiles
 @pytest.mark.parametrize('dim', [32, 112])
 def test_one_chunk_compiles_without_spills_or_summaries(monkeypatch, launches, dim):
-    tile = tile_sizes(2**14, 4, dim, 1, 196, -(-dim // 16))
-    monkeypatch.setattr(scan_triton, 'tile_sizes', lambda *_: tile)
+    monkeypatch.setattr(scan_triton, 'tile_sizes', lambda batch, *args: tile_sizes(2**14, *args))
     launch_map(14, 14, dim, torch.bfloat16)
     check_compiled(launches, 90, ['forward_kernel', 'backward_kernel'])
+
+
+@compiles
+def test_inference_compiles_without_spills(monkeypatch, launches):
+    """Of the highest rank, 8 tokens at once."""
+    monkeypatch.setattr(scan_triton, 'tile_sizes', tile_sizes)
+    monkeypatch.setattr(scan_triton, '_tiles_at_once', _tiles_at_once)
+    launch_map(14, 14, 128, torch.bfloat16, keep=False)
+    check_compiled(launches, 90, ['summary_kernel', 'forward_kernel'])
+    assert {arguments['STEP'] for _, arguments in launches} == {8}
 
 
 @compiles
