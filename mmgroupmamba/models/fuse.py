@@ -21,6 +21,7 @@ from .groupmamba import GroupMamba
 from .layers import (
     Block,
     DepthwiseConv,
+    Downsample,
     GroupedLinear,
     GroupedSSM,
     LayerNorm,
@@ -37,6 +38,8 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
     - the two heads of a distilled classifier, whose average is the prediction, into one;
     - on CUDA, the stem's first convolution over squares of pixels (:class:`_Squares`), and its
       convolutions with bias and ReLU, where cuDNN has them as one;
+    - on CUDA, where norms are kernels, the bias of the convolution before a stage into its norm,
+      which PyTorch would add in a pass of its own;
     - on CUDA, the linear maps of the four groups into one with a block-diagonal matrix;
     - on CUDA, stages whose rows are no multiple of 16 bytes in half precision get zero channels
       (:func:`pad_channels`).
@@ -73,6 +76,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
                 pad_channels(part)
             _join_groups(part)
             _pack_pixels(part)
+            _fold_biases(part)
             for module in [m for m in part.modules() if isinstance(m, Stem)]:
                 _join_activations(module.convs)
         if autocast_dtype is not None:
@@ -255,6 +259,12 @@ def _pack_pixels(part: nn.Module) -> None:
         packed.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
         packed.bias = conv.bias
         stem.convs = nn.Sequential(_Squares(), packed, *stem.convs[1:]).eval()
+
+
+def _fold_biases(part: nn.Module) -> None:
+    for embed in [m for m in part.modules() if isinstance(m, (Stem, Downsample))]:
+        if embed.norm.backend == 'triton' and embed.proj.bias is not None:
+            embed.norm.offset, embed.proj.bias = embed.proj.bias, None
 
 
 class _ConvReLU(nn.Module):

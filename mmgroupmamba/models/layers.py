@@ -85,6 +85,8 @@ class LayerNorm(nn.LayerNorm):
 
     Attributes:
         real: Of each quarter of the channels, how many count; see :func:`~.fuse.pad_channels`.
+        offset: Added to the map before it is normed: the bias of the convolution before it, where
+            that was folded.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, before_linear: bool = False,
@@ -93,13 +95,15 @@ class LayerNorm(nn.LayerNorm):
         self.before_linear = before_linear
         self.backend = backend_of('layer_norm', fused_ops)
         self.real: Optional[int] = None
+        self.offset: Optional[nn.Parameter] = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.backend == 'torch' and self.real is None:
             return super().forward(x)
         fused = self.backend == 'triton'
         dtype = linear_dtype(x) if fused and self.before_linear else None
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.real, self.backend)
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.real, self.backend,
+                          self.offset)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x + residual and its norm, in one kernel."""

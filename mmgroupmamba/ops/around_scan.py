@@ -134,7 +134,8 @@ def layer_norm(x: Tensor,
                eps: float = 1e-5,
                norm_dtype: Optional[torch.dtype] = None,
                real: Optional[int] = None,
-               backend: str = 'torch') -> Tensor:
+               backend: str = 'torch',
+               offset: Optional[Tensor] = None) -> Tensor:
     """LayerNorm over the channels of a map.
 
     Args:
@@ -146,6 +147,8 @@ def layer_norm(x: Tensor,
             and so is what comes of them: padding that makes a row of the map a multiple of 16
             bytes. None: all count.
         backend: 'torch' or 'triton'. The Triton kernels keep only x for the backward.
+        offset: (C,), added to x before the norm, such as the bias of a convolution; zero in what
+            does not count.
 
     Returns:
         The norm, (batch, H, W, C); its statistics are in float32 at least.
@@ -156,10 +159,14 @@ def layer_norm(x: Tensor,
     """
     _check_norm('layer_norm', x, weight, bias)
     _check_real('layer_norm', x.shape[3], real)
+    if offset is not None:
+        check_tensors('layer_norm', x.device, offset=(offset, (x.shape[3], )))
     norm_dtype = norm_dtype or _norm_dtype(x)
     module = _module('layer_norm', backend, x.device.type)
     if module is not None:
-        return module.layer_norm(x, weight, bias, eps, norm_dtype, real)
+        return module.layer_norm(x, weight, bias, eps, norm_dtype, real, offset)
+    if offset is not None:
+        x = x + offset
     return _wide_layer_norm(x, weight, bias, eps, norm_dtype, real)
 
 

@@ -307,14 +307,19 @@ GATE = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
-               real: Optional[int]) -> Tensor:
-    """See :func:`mmgroupmamba.ops.layer_norm`. What is not contiguous is copied.
+               real: Optional[int], offset: Optional[Tensor]) -> Tensor:
+    """See :func:`mmgroupmamba.ops.layer_norm`. What is not contiguous is copied. Where a gradient
+    is wanted, `offset` is added by PyTorch.
 
     Raises:
         ValueError: float64 input.
     """
     _refuse_float64(x, weight, bias)
-    return NORM(*(t.contiguous() for t in (x, weight, bias)), eps, norm_dtype, real)
+    if offset is not None and torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, weight, bias, offset)):
+        x, offset = x + offset, None
+    x, weight, bias = (t.contiguous() for t in (x, weight, bias))
+    return NORM(x, weight, bias, eps, norm_dtype, real, offset)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -329,11 +334,13 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor,
-                 total: Optional[Tensor], out: Tensor, eps: float, real: Optional[int]) -> None:
+                 total: Optional[Tensor], out: Tensor, eps: float, real: Optional[int],
+                 offset: Optional[Tensor] = None) -> None:
     dim = x.shape[-1]
     tokens = x.numel() // dim
     tile, blocks, _ = norm_sizes(tokens, dim)
-    launch(_kernels().norm_forward_kernel, blocks, (x, residual, weight, bias, total, out),
+    launch(_kernels().norm_forward_kernel, blocks,
+           (x, residual, offset, weight, bias, total, out),
            (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), float(eps)), **tile._asdict(),
            num_warps=_FORWARD_WARPS)
 
@@ -373,13 +380,13 @@ def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, wei
 
 
 def _norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
-                  real: Optional[int]) -> Tensor:
+                  real: Optional[int], offset: Optional[Tensor] = None) -> Tensor:
     normed = torch.empty_like(x, dtype=norm_dtype)
-    _launch_norm(x, None, weight, bias, None, normed, eps, real)
+    _launch_norm(x, None, weight, bias, None, normed, eps, real, offset)
     return normed
 
 
-def _norm_forward_fake(x, weight, bias, eps, norm_dtype, real):
+def _norm_forward_fake(x, weight, bias, eps, norm_dtype, real, offset=None):
     return torch.empty_like(x, dtype=norm_dtype)
 
 
@@ -394,7 +401,7 @@ def _norm_backward_fake(grad, x, weight, eps, real):
 
 
 def _save_norm(ctx, inputs, output):
-    x, weight, bias, ctx.eps, _, ctx.real = inputs
+    x, weight, bias, ctx.eps, _, ctx.real, _ = inputs  # no gradient goes by an offset
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight)
 
@@ -402,7 +409,7 @@ def _save_norm(ctx, inputs, output):
 def _differentiate_norm(ctx, backward, grad):
     x, weight = ctx.saved_tensors
     dx, sums = backward(grad, x, weight, ctx.eps, ctx.real)
-    return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None
+    return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None, None
 
 
 NORM = Operator('triton_layer_norm', _norm_forward, _norm_backward, _norm_forward_fake,

@@ -392,15 +392,17 @@ def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, g
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def norm_forward_kernel(x, residual, weight, bias, total, out, tokens, units, width, real, eps,
-                        ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The LayerNorm of x or, where there is a residual, of x + residual, which is rounded and
-    stored; a program is ROWS tokens."""
+def norm_forward_kernel(x, residual, offset, weight, bias, total, out, tokens, units, width, real,
+                        eps, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The LayerNorm of x, to which `offset` is added where there is one, one a channel, or of
+    x + residual, which is rounded and stored; a program is ROWS tokens."""
     dim = units * ALIGN
     counted, share = _counted(dim, width, real, BLOCK)
     at, inside = _rows(tl.program_id(0), 0, tokens, 1, dim, ROWS, BLOCK)
-    w, b, _, _ = _affine(weight, bias, 0, dim, BLOCK)
+    w, b, column, known = _affine(weight, bias, 0, dim, BLOCK)
     value = tl.load(x + at, inside, other=0.).to(tl.float32)
+    if offset is not None:
+        value += tl.load(offset + column, known, other=0.).to(tl.float32)
     if residual is not None:
         value += tl.load(residual + at, inside, other=0.).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)

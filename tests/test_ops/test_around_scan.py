@@ -18,7 +18,7 @@ from test_selective_scan import DEVICE, relative
 
 from mmgroupmamba import ops
 from mmgroupmamba.models import GroupMamba, fuse
-from mmgroupmamba.models.fuse import _join_groups, pad_channels
+from mmgroupmamba.models.fuse import _fold_biases, _join_groups, pad_channels
 from mmgroupmamba.models.layers import ChannelAffinity
 from mmgroupmamba.ops import (
     BackendUnavailableError,
@@ -154,6 +154,26 @@ def test_layer_norm_is_the_layer():
     norm = nn.LayerNorm(20, eps=1e-6).to(DEVICE, torch.float64)
     norm.load_state_dict(dict(weight=inputs['weight'], bias=inputs['bias']))
     assert torch.equal(layer_norm(**inputs, eps=1e-6), norm(inputs['x']))
+
+
+@pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
+def test_layer_norm_with_an_offset(backend):
+    """Of a convolution's bias, with gradients and without."""
+    inputs = dict(plain_norm_inputs(), offset=randn(20, seed=6))
+    exact = dict(inputs)
+    added = exact.pop('offset')
+    exact['x'] = exact['x'] + added
+    want, want_grads = run('layer_norm', exact, 'torch')
+    want_grads['offset'] = want_grads['x'].sum((0, 1, 2))
+    inputs = {k: v.float() for k, v in inputs.items()}
+    outputs, grads = run('layer_norm', inputs, backend)
+    with torch.no_grad():
+        outputs.append(layer_norm(**inputs, backend=backend))
+    assert all(relative(y, want[0]) < 1e-6 for y in outputs)
+    for name, got in grads.items():
+        assert relative(got, want_grads[name]) < 2e-6, name
+    with pytest.raises(ValueError, match=r'layer_norm: offset must be \(20,\)'):
+        layer_norm(**dict(inputs, offset=randn(5)), backend=backend)
 
 
 def test_modulate_layer_norm_is_the_layers():
@@ -442,7 +462,9 @@ def test_model_of_fused_ops_is_the_model(monkeypatch, fused_ops):
         return
     pad_channels(fused, most=2)
     fuse(fused)
-    _join_groups(fused)  # on CUDA it is done
+    _fold_biases(fused)  # on CUDA these are done
+    _join_groups(fused)
+    assert fused.stages[0].embed.proj.bias is None
     assert fused.stages[0].blocks[0].mixer.ssm.joint_proj is not None
     with torch.no_grad():
         assert max(relative(*pair) for pair in zip(fused(image), outputs[0])) < 1e-5
