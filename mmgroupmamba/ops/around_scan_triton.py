@@ -307,7 +307,7 @@ GATE = Operator('triton_gated_layer_norm', _gate_forward, _gate_backward, _gate_
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: torch.dtype,
-               real: Optional[int], offset: Optional[Tensor]) -> Tensor:
+               real: Optional[int], offset: Optional[Tensor] = None) -> Tensor:
     """See :func:`mmgroupmamba.ops.layer_norm`. What is not contiguous is copied. Where a gradient
     is wanted, `offset` is added by PyTorch.
 
