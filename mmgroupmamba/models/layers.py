@@ -213,10 +213,10 @@ class GroupedSSM(nn.Module):
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32
         or, where the norms are one kernel with the gate, in the map's dtype."""
         out_dtype = x.dtype if self.norm.backend == 'triton' else None
-        if (type(self.x_proj) is GroupedLinear and is_plain(self.x_proj)
-                and scans_projected(x, self.dt_proj.weight, self.A_log, self.scan_backend)):
-            return projected_scan(x, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D,
-                                  self.dt_bias, out_dtype)
+        if type(self.x_proj) is GroupedLinear and is_plain(self.x_proj):
+            inputs = (x, self.x_proj.weight, self.dt_proj.weight, self.A_log, self.D, self.dt_bias)
+            if scans_projected(*inputs, self.scan_backend):
+                return projected_scan(*inputs, out_dtype)
         grouped = *x.shape[:3], GROUPS, -1
         x_dbl, values = self.x_proj(x).view(grouped), self.dt_rank + 2 * self.d_state
         if x_dbl.shape[-1] > values:  # padded; see models/fuse.py
@@ -279,8 +279,7 @@ class ModulatedGroupMamba(nn.Module):
     def _factor(self, x: Tensor) -> Tensor:
         """What the channels of each image are multiplied by, (B, 1, 1, C)."""
         affinity = self.affinity
-        if self.fused_affinity and (torch.compiler.is_compiling() or all(
-                map(is_plain, (affinity, affinity.fc1, affinity.fc2)))):
+        if self.fused_affinity and all(map(is_plain, (affinity, affinity.fc1, affinity.fc2))):
             fc1, fc2 = affinity.fc1, affinity.fc2
             return channel_affinity(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
                                     self.skip_scale, 'triton')

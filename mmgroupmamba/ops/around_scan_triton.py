@@ -314,10 +314,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_dtype: 
     Raises:
         ValueError: float64 input.
     """
-    _refuse_float64(x, weight, bias)
-    if offset is not None and torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, weight, bias, offset)):
-        x, offset = x + offset, None
+    _refuse_float64(x, weight, bias, *(() if offset is None else (offset, )))
+    if offset is not None:
+        offset = offset.contiguous()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, offset)):
+            x, offset = x + offset, None
     x, weight, bias = (t.contiguous() for t in (x, weight, bias))
     return NORM(x, weight, bias, eps, norm_dtype, real, offset)
 
@@ -648,7 +649,9 @@ def _affinity_backward(grad: Tensor, mean: Tensor, squeezed: Tensor, affinity: T
     sums = grad.new_zeros(len(grad), 5, grad.shape[1], dtype=torch.float32)
     sums[:, 2] = grad
     shift = affinity_backward(sums, affinity, squeezed, squeeze, excite, skip, area)
-    squeeze, squeeze_bias, excite, excite_bias, skip, _ = affinity_gradients(sums, mean, squeezed)
+    with without_autocast(grad.device.type):
+        squeeze, squeeze_bias, excite, excite_bias, skip, _ = affinity_gradients(
+            sums, mean, squeezed)
     # of what shares memory, copies
     return shift, squeeze, squeeze_bias.clone(), excite, excite_bias.clone(), skip.clone()
 

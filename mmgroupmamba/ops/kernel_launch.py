@@ -68,7 +68,9 @@ def _enter(known: _Known, programs: int, device: int, arguments: tuple) -> None:
     compiled, _, triton = known
     if triton is not None:
         hooks = triton.knobs.runtime
-        if not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
+        # a chain of hooks, or what somebody put in its place
+        if not any(getattr(hook, 'calls', hook) for hook in (hooks.launch_enter_hook,
+                                                             hooks.launch_exit_hook)):
             stream = triton.runtime.driver.active.get_current_stream(device)
             compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
                          None, None, None, *arguments)

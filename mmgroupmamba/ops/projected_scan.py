@@ -22,9 +22,12 @@ from .selective_scan import resolve_backend
 _GROUPS = len(DIRECTIONS)
 
 
-def scans_projected(x: Tensor, dt_weight: Tensor, A_log: Tensor, backend: str) -> bool:
-    """Whether :func:`projected_scan` runs on a map (batch, H, W, C), in eager PyTorch."""
+def scans_projected(x: Tensor, weight: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
+                    dt_bias: Tensor, backend: str) -> bool:
+    """Whether :func:`projected_scan` runs on its arguments: in eager PyTorch, where one of them
+    learns."""
     return (torch.is_grad_enabled() and not traced() and x.dtype != torch.float64
+            and any(t.requires_grad for t in (x, weight, dt_weight, A_log, D, dt_bias))
             and resolve_backend(backend, x.device.type, x.dtype) == 'triton'
             and A_log.shape[1] <= scan_triton.MAX_STATES
             and dt_weight.shape[2] <= scan_triton.MAX_RANK)
@@ -90,7 +93,7 @@ class _ProjectedScan(torch.autograd.Function):
                 tokens.addmm_(of_rows, matrix)
             else:
                 tokens += of_rows @ matrix
-            of_matrix = of_rows.t() @ x.view(tokens.shape).to(of_rows.dtype)
+            of_matrix = of_rows.t() @ x.reshape(tokens.shape).to(of_rows.dtype)
         of_A, of_D, of_bias, of_dt = scan_triton.of_sums(sums, A_log.shape[1])
         grads = (of_block_diagonal(of_matrix, ctx.shape), of_dt.reshape(dt_weight.shape), of_A,
                  of_D, of_bias)

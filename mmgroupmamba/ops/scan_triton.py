@@ -51,7 +51,8 @@ class Tile(NamedTuple):
 def tile_sizes(batch: int, groups: int, dim: int, states: int, length: int, rank: int = 0,
                keep: bool = True) -> Tile:
     """One of four tiles for a number of states and a rank: few or many channels, long or short
-    chunks. Where there are many short sequences, each is one chunk, or the four of one tile."""
+    chunks. Where there are many short sequences, as in a large batch of small images, each is one
+    chunk, or the four of one tile: a tile for every eight tokens of length."""
     # what the backward has registers for; if it does not follow, the forward has more
     step = 8 if states == 1 and (rank in (1, 2) or rank and not keep) else 4
     channels = 16 if dim <= 16 else 32

@@ -22,8 +22,8 @@ log(-A). Everything is read and written at its cell: no order but the memory's e
 registers.
 
 Tokens are loaded STEP at a time ahead of their use, so the loads are in flight together. N, RANK,
-T, STEP, CHUNKS and CHANNELS are compile-time constants from a small set; sizes are run-time
-arguments. No atomics: the same input gives the same bits.
+T, STEP, CHUNKS and CHANNELS are compile-time constants, those of ``scan_triton.tile_sizes``; sizes
+are run-time arguments. No atomics: the same input gives the same bits.
 """
 import triton
 import triton.language as tl

@@ -169,6 +169,8 @@ def test_layer_norm_with_an_offset(backend):
     outputs, grads = run('layer_norm', inputs, backend)
     with torch.no_grad():
         outputs.append(layer_norm(**inputs, backend=backend))
+        inputs['offset'] = torch.stack([inputs['offset']] * 2, 1)[:, 0]
+        outputs.append(layer_norm(**inputs, backend=backend))
     assert all(relative(y, want[0]) < 1e-6 for y in outputs)
     for name, got in grads.items():
         assert relative(got, want_grads[name]) < 2e-6, name
@@ -184,12 +186,13 @@ def test_modulate_layer_norm_is_the_layers():
     assert torch.equal(modulate_layer_norm(**inputs), want)
 
 
+@pytest.mark.parametrize('backend', ['torch', pytest.param('triton', marks=runs)])
 @pytest.mark.parametrize('operator, inputs, options', CASES)
-def test_precision_is_the_arguments(operator, inputs, options):
+def test_precision_is_the_arguments(operator, inputs, options, backend):
     with torch.autocast(DEVICE, torch.bfloat16):
-        check(operator, inputs(), torch.float32, 'torch', **options)
+        check(operator, inputs(), torch.float32, backend, **options)
     mixed = {k: torch.bfloat16 if k in ('x', 'gate') else torch.float32 for k in inputs()}
-    outputs = check(operator, inputs(), mixed, 'torch', tolerance=2 ** -7, **options)
+    outputs = check(operator, inputs(), mixed, backend, tolerance=2 ** -7, **options)
     # the other map's dtype, or float32 at least
     wide = operator in ('add_layer_norm', 'modulate_layer_norm', 'channel_affinity')
     assert outputs[-1].dtype == (torch.float32 if wide else torch.bfloat16)
@@ -540,6 +543,39 @@ def test_affinity_of_any_size(monkeypatch, shape, hidden):
     monkeypatch.setattr(around_scan_triton, 'sum_sizes', sum_sizes)
     monkeypatch.setattr(around_scan_triton, '_SUMS', 1)
     check('channel_affinity', inputs, torch.float32)
+
+
+@runs
+def test_what_is_changed_inside_has_its_say():
+    """A stage's norm and the affinity's parts, eager and compiled."""
+    arch = dict(stem_hidden_dim=4, embed_dims=(16, 16, 16, 16), depths=(1, 1, 1, 1),
+                mlp_ratios=(1, 1, 1, 1))
+    stage = GroupMamba(arch, (0, ), fused_ops='all').to(DEVICE).eval().stages[0]
+    image = randn(1, 3, 32, 32).float()
+    mixer = stage.blocks[0].mixer
+    x = randn(1, 2, 2, 16).float()
+    calls = []
+    with torch.no_grad():
+        plain = stage(image)
+        stage.norm.register_forward_hook(lambda module, inputs, y: calls.append(y.shape))
+        assert relative(stage(image), plain) < 1e-6 and calls == [plain.shape]
+
+        def compiled(x):
+            torch.compiler.reset()
+            return torch.compile(mixer._factor, fullgraph=True, backend='aot_eager')(x)
+
+        plain = mixer._factor(x)
+        assert torch.equal(compiled(x), plain)
+
+        class Louder(nn.Linear):
+
+            def forward(self, x):
+                return super().forward(x) + 1
+
+        mixer.affinity.fc2 = Louder(1, 16).to(DEVICE)
+        for factor in (mixer._factor(x), compiled(x)):
+            assert relative(factor, mixer.skip_scale * mixer.affinity(x)) < 1e-6
+            assert (factor > plain).all()
 
 
 def test_sizes_of_a_sum():

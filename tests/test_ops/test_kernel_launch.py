@@ -165,7 +165,15 @@ def maps(dtype, width=4, dim=16):
     return SimpleNamespace(
         x=empty(1, 3, width, 4 * dim, dtype=dtype), rows=empty(1, 3, width, 4, 3, dtype=dtype),
         weight=empty(4 * dim), conv=empty(4 * dim, 1, 3, 3), group=empty(4, dim),
-        factor=empty(1, 1, 1, 4 * dim), dt=empty(4, dim, 1), A_log=empty(4 * dim, 1))
+        factor=empty(1, 1, 1, 4 * dim), squeeze=empty(2, 4 * dim), dt=empty(4, dim, 1),
+        A_log=empty(4 * dim, 1))
+
+
+def wide_scan(m):
+    """Of groups with 32 channels."""
+    dtype = m.x.dtype
+    return (torch.empty(1, 3, 4, 4, 32, dtype=dtype), torch.empty(1, 3, 4, 4, 4, dtype=dtype),
+            torch.empty(4, 32, 2), torch.empty(128, 1), torch.empty(128), torch.empty(128))
 
 
 def everything(m):
@@ -182,6 +190,16 @@ def everything(m):
     around_scan_triton.ADD_NORM.backward(m.x, normed, m.x, m.weight, 1e-5, None)
     modulated = m.x, m.x, m.factor, m.weight
     around_scan_triton.MODULATE.backward(m.x, *modulated, 1e-5, None)
+    around_scan_triton.NORM.forward(m.x, m.weight, m.weight, 1e-5, m.x.dtype, None, m.weight)
+    skip = m.weight[:1]
+    factor, *kept = around_scan_triton.AFFINITY.forward(m.x, m.squeeze, m.weight[:2], m.squeeze.t(),
+                                                        m.weight, skip)
+    around_scan_triton.AFFINITY.backward(factor, *kept, m.squeeze, m.squeeze.t(), skip, 3)
+    with pytest.MonkeyPatch.context() as patch:  # a chunk that is the whole sequence
+        patch.setattr(scan_triton, '_MANY_SEQUENCES', 1)
+        patch.setattr(scan_triton, '_plan', scan_triton._plan.__wrapped__)
+        y, states = scan_triton.MAPS.forward(*wide_scan(m), True, m.x.dtype)
+        scan_triton.MAPS.backward(y, *wide_scan(m), states)
 
 
 @compiles
@@ -203,9 +221,9 @@ def test_the_same_as_triton_would_launch(driver, monkeypatch, version):
                       for grid, function, arguments in driver.launched])
     # first all is compiled, then Triton finds it, then we do
     by_triton, by_us = turns[1:]
-    assert len(by_us) == len(by_triton) == 3 * 11
+    assert len(by_us) == len(by_triton) == 3 * 17
     assert by_us == by_triton
-    assert len({function for _, function, _ in by_us}) > 11
+    assert len({function for _, function, _ in by_us}) > 17
 
 
 @compiles

@@ -89,11 +89,14 @@ def test_under_autocast(half):
 
 
 @runs
-def test_same_bits_again():
+def test_same_bits_again_and_in_any_layout():
     inputs = {k: v.float() for k, v in inputs_of().items()}
-    (y, grads), (again, others) = (run(projected_scan, inputs) for _ in range(2))
-    for one, other in zip((y, *grads.values()), (again, *others.values())):
-        assert torch.equal(one, other)
+    views = dict(inputs, x=inputs['x'].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+    assert not views['x'].is_contiguous()
+    (y, grads), *others = (run(projected_scan, case) for case in (inputs, inputs, views))
+    for again, again_grads in others:
+        for one, other in zip((y, *grads.values()), (again, *again_grads.values())):
+            assert torch.equal(one, other)
 
 
 def ssm_and_map(channels=20):
@@ -133,7 +136,11 @@ def test_not_where_nothing_is_learned_or_somebody_looks_on(calls):
     with torch.no_grad():
         ssm.scan(x)
     torch.compile(ssm.scan, fullgraph=True, backend='aot_eager')(x)
+    ssm.requires_grad_(False)
+    ssm.scan(x)
     assert not calls
+    ssm.scan(x.requires_grad_()).sum().backward()
+    assert calls and x.grad is not None
 
 
 @pytest.mark.parametrize('name, shape', [

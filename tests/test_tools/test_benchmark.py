@@ -236,6 +236,23 @@ def test_graph_that_reads_no_input_is_refused(main, graphs, monkeypatch, capsys)
         main, capsys, *GRAPHS, '--passes', 'forward')
 
 
+def test_wrong_graph_of_a_peer_is_left_out(run, graphs, main, monkeypatch, tmp_path):
+    row = main.__globals__['Row']
+    capture = row._capture
+
+    def spoilt(self, run, static, inputs):
+        wrong = self.label.startswith('peer')
+        return capture(self, run, static, [static] if wrong else inputs)
+
+    monkeypatch.setattr(row, '_capture', spoilt)
+    (tmp_path / 'peer.py').write_text('from torch.nn import Conv2d\nmake = lambda: Conv2d(3, 2, 3)')
+    out, rows, _ = run('--cuda-graph', '--device', 'cpu', '--subjects', 'classifier',
+                       '--sizes', '32x32', '--passes', 'forward',
+                       '--against', f'{tmp_path}/peer.py:make')
+    assert [r['what'] for r in rows] == ['blocked', 'blocked graph', 'peer:make']
+    assert 'peer:make graph: not timed, LaunchError: peer:make graph is wrong' in out
+
+
 def test_what_does_not_compile_is_left_out(run, monkeypatch):
     def compiled(module, **options):
         def call(x):
