@@ -217,6 +217,25 @@ def test_map_of_many_chunks(monkeypatch, tile, at_once, shape):
 
 
 @runs
+@pytest.mark.skipif(DEVICE == 'cpu', reason='too large to be interpreted')
+@pytest.mark.parametrize('height, width, dim', [(28, 28, 32), (14, 14, 87), (7, 7, 112)])
+def test_many_short_maps(height, width, dim):
+    """Tiny's later stages at 224 x 224, batch 128: few chunks that cover a map."""
+    rank = -(-dim // 16)
+    inputs = make_maps(128, height, width, dim, rank)
+    tile = tile_sizes(128, 4, dim, 1, height * width, rank)
+    assert tile.CHUNKS * tile.T >= height * width
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    y, grads = run_maps(directional_scan, inputs, backend='triton')
+    want, want_grads = run_maps(directional_scan, exact, backend='blocked')
+    for got, expected in zip((y, *grads), (want, *want_grads)):
+        assert relative(got, expected) < 5e-6
+    with torch.no_grad():
+        inferred = directional_scan(**inputs, backend='triton')
+    assert relative(inferred, want) < 2e-6
+
+
+@runs
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_map_in_half_precision(dtype):
     with torch.autocast(DEVICE, torch.bfloat16):
