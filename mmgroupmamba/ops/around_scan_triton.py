@@ -27,7 +27,7 @@ _PROGRAMS = 1024  # of a launch of 4 warps that fills a large GPU twice over
 # lanes, as in maps 7 or 14 wide. Backward, z is computed (K + 2) / K times; a fourth column would
 # take 217 registers instead of 128.
 _FORWARD, _BACKWARD = (4, 7), 3
-_FORWARD_WARPS = 2  # of the norms and of the convolution: 16 values a thread, 10 to 30 % faster
+_FORWARD_WARPS = 2  # of the norms' kernels: 16 values a thread, up to a quarter faster
 
 _PARTS = 512  # of what the norms' weight and bias are summed over: four a multiprocessor
 _IMAGE_PARTS = 256  # at most, of an image's sum over its tokens: one program sums them up
@@ -74,9 +74,14 @@ class NormTile(NamedTuple):
     BLOCK: int
 
 
+def _block(channels: int) -> int:
+    """Of a tile that holds all channels: a power of two, at least 16."""
+    return 1 << max(channels - 1, 15).bit_length()
+
+
 def norm_sizes(tokens: int, dim: int) -> tuple[NormTile, int, int]:
     """Tile, how many tiles of tokens there are, and how many of them are summed together."""
-    block = 1 << max(dim - 1, 15).bit_length()
+    block = _block(dim)
     tile = NormTile(_align(dim, 8), max(1024 // block, 1), block)
     blocks = -(-tokens // tile.ROWS)
     return tile, blocks, -(-blocks // _PARTS)
@@ -563,7 +568,7 @@ def channel_affinity(x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: T
 @lru_cache(maxsize=1024)
 def sum_sizes(batch: int, tokens: int, dim: int) -> tuple[NormTile, int, int]:
     """Tile of the sum over an image's tokens, its parts, and how many tiles each part sums."""
-    block = 1 << max(dim - 1, 15).bit_length()
+    block = _block(dim)
     tile = NormTile(_align(dim, 8), max(4096 // block, 1), block)
     tiles = -(-tokens // tile.ROWS)
     together = -(-tiles // min(max(2 * _PROGRAMS // batch, 1), _IMAGE_PARTS))
@@ -573,7 +578,7 @@ def sum_sizes(batch: int, tokens: int, dim: int) -> tuple[NormTile, int, int]:
 def _affinity_sizes(channels: int) -> dict[str, int]:
     """Compile-time sizes of the affinity's kernels: 8 hidden values at once, 16 of their weights a
     thread."""
-    block = 1 << max(channels - 1, 15).bit_length()
+    block = _block(channels)
     return dict(ROWS=8, BLOCK=block, num_warps=min(max(4, block // 64), 16))
 
 

@@ -48,7 +48,11 @@ def projected_scan(x: Tensor, weight: Tensor, dt_weight: Tensor, A_log: Tensor, 
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
+        BackendUnavailableError: Triton's kernels cannot run on this device.
     """
+    resolve_backend('triton', x.device.type)
+    if torch.float64 in (x.dtype, weight.dtype):
+        raise ValueError('projected_scan: the Triton kernels have no float64')
     if x.dim() != 4 or dt_weight.dim() != 3 or A_log.dim() != 2:
         raise ValueError('projected_scan: x must be (batch, H, W, 4 * d), dt_weight (4, d, R) and '
                          f'A_log (4 * d, N), got {tuple(x.shape)}, {tuple(dt_weight.shape)} and '

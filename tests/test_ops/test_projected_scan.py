@@ -12,7 +12,12 @@ from test_selective_scan import DEVICE, relative
 
 from mmgroupmamba.models import layers
 from mmgroupmamba.models.layers import GroupedSSM, init_weights
-from mmgroupmamba.ops import directional_scan, grouped_linear, projected_scan
+from mmgroupmamba.ops import (
+    BackendUnavailableError,
+    directional_scan,
+    grouped_linear,
+    projected_scan,
+)
 
 module = import_module('mmgroupmamba.ops.projected_scan')
 
@@ -143,6 +148,7 @@ def test_not_where_nothing_is_learned_or_somebody_looks_on(calls):
     assert calls and x.grad is not None
 
 
+@runs
 @pytest.mark.parametrize('name, shape', [
     ('x', (2, 3, 20)), ('weight', (4, 4, 5)), ('dt_weight', (4, 5)), ('A_log', (20, )),
     ('D', (5, )), ('dt_bias', (4, 5)),
@@ -151,4 +157,21 @@ def test_wrong_shape_is_named(name, shape):
     inputs = dict({k: v.float() for k, v in inputs_of().items()},
                   **{name: torch.zeros(shape, device=DEVICE)})
     with pytest.raises(ValueError, match=rf'{name} (must be|\()'):
+        projected_scan(*inputs.values())
+
+
+@runs
+@pytest.mark.parametrize('name', ['x', 'weight'])
+def test_float64_is_refused(name):
+    inputs = {k: v.to(torch.float64 if k == name else torch.float32)
+              for k, v in inputs_of().items()}
+    with pytest.raises(ValueError, match='projected_scan: the Triton kernels have no float64'):
+        projected_scan(*inputs.values())
+
+
+def test_device_without_triton_is_refused(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(import_module('mmgroupmamba.ops.selective_scan'), '_resolved', {})
+    inputs = {k: v.float().cpu() for k, v in inputs_of().items()}
+    with pytest.raises(BackendUnavailableError, match="scan backend 'triton' cannot run"):
         projected_scan(*inputs.values())
