@@ -70,15 +70,14 @@ class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dt_weight: Tensor, A_log: Tensor, D: Tensor,
                 dt_bias: Tensor, out_dtype: torch.dtype) -> Tensor:
-        dtype = linear_dtype(x)
-        with without_autocast(x.device.type):
-            matrix = block_diagonal(weight, dtype)
-            grouped = *x.shape[:3], _GROUPS, -1
-            rows = F.linear(x if x.dtype == dtype else x.to(dtype), matrix).view(grouped)
-            scanned = x.view(grouped), rows, dt_weight, A_log, D, dt_bias
-            check(*scanned)
-            scanned = *scanned[:2], *(t.float() for t in scanned[2:])
-            y, states = scan_triton.MAPS.forward(*scanned, True, out_dtype)
+        dtype = linear_dtype(x)  # autocast has nothing to cast below
+        matrix = block_diagonal(weight, dtype)
+        grouped = *x.shape[:3], _GROUPS, -1
+        rows = F.linear(x if x.dtype == dtype else x.to(dtype), matrix).view(grouped)
+        scanned = x.view(grouped), rows, dt_weight, A_log, D, dt_bias
+        check(*scanned)
+        scanned = *scanned[:2], *(t.float() for t in scanned[2:])
+        y, states = scan_triton.MAPS.forward(*scanned, True, out_dtype)
         ctx.shape, ctx.dtypes = weight.shape, (weight.dtype, dt_weight.dtype, A_log.dtype,
                                                D.dtype, dt_bias.dtype)
         ctx.save_for_backward(*scanned, states, matrix)
