@@ -28,6 +28,7 @@ from .layers import (
     ModulatedGroupMamba,
     Stem,
 )
+from .packed import pack
 
 
 @torch.no_grad()
@@ -36,6 +37,8 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
 
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
     - the two heads of a distilled classifier, whose average is the prediction, into one;
+    - on a CPU, weights of convolutions, feed-forwards and the groups' linear maps laid out for
+      oneDNN once, activations within the convolution (:mod:`~.packed`): a second copy of them;
     - on CUDA, the stem's first convolution over squares of pixels (:class:`_Squares`), and its
       convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, where norms are kernels, the bias of the convolution before a stage into its norm,
@@ -81,6 +84,8 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
                 _join_activations(module.convs)
         if autocast_dtype is not None:
             _cast_maps(part, autocast_dtype)
+        elif next(part.parameters()).device.type == 'cpu':
+            pack(part)
     return model.requires_grad_(False)
 
 

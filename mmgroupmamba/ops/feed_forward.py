@@ -5,10 +5,13 @@ adds the bias within the product; and where the hidden map, the widest of a bloc
 CPU's cache, it is made and used up in slabs of channels, which the convolution between the two
 linear maps does not mix.
 """
+from typing import Optional
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .around_scan import check_tensors, depthwise_conv
+from .packed_conv import PackedConvs
 
 _SLAB = 2**23  # bytes: what pays by measurement, see docs/performance.md
 _WHOLE = 5 * 2**20  # bytes of a map that is not cut
@@ -16,8 +19,8 @@ _NARROWEST = 64  # channels: below, the products take longer
 
 
 def feed_forward(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: Tensor,
-                 conv_bias: Tensor, activation: str, fc2_weight: Tensor, fc2_bias: Tensor
-                 ) -> Tensor:
+                 conv_bias: Tensor, activation: str, fc2_weight: Tensor, fc2_bias: Tensor,
+                 convs: Optional[PackedConvs] = None) -> Tensor:
     """Linear map, depthwise 3x3 convolution with activation, linear map; without gradients.
 
     Args:
@@ -25,6 +28,7 @@ def feed_forward(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: T
         fc1_weight, fc1_bias: (D, C) and (D,).
         conv_weight, conv_bias, activation: As for :func:`~.depthwise_conv` of D channels.
         fc2_weight, fc2_bias: (C', D) and (C',).
+        convs: Where the weights are laid out for oneDNN, if they are.
 
     Returns:
         (batch, H, W, C').
@@ -44,11 +48,21 @@ def feed_forward(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: T
     width = slab_width(x.numel() // x.shape[-1], hidden, x.element_size())
     image = x.permute(0, 3, 1, 2)
     y = None
-    for first in range(0, hidden, width):
+    for number, first in enumerate(range(0, hidden, width)):
         slab = slice(first, first + width)
-        wide = F.conv2d(image, fc1_weight[slab, :, None, None], fc1_bias[slab])
-        wide = depthwise_conv(wide.permute(0, 2, 3, 1), conv_weight[slab], conv_bias[slab],
-                              activation)
+        fc1 = fc1_weight[slab, :, None, None], fc1_bias[slab]
+        conv = conv_weight[slab], conv_bias[slab]
+        if convs is None:  # of the slab before this one, nothing is kept beyond the next line
+            wide = F.conv2d(image, *fc1)
+            wide = depthwise_conv(wide.permute(0, 2, 3, 1), *conv, activation)
+        else:
+            wide = convs.conv(('fc1', number), image, *fc1)
+            wide = convs.conv(('conv', number), wide, *conv, padding=1, groups=wide.shape[1],
+                              activation=activation)
+            if width == hidden:
+                y = convs.conv('fc2', wide, fc2_weight[:, :, None, None], fc2_bias)
+                return y.permute(0, 2, 3, 1)
+            wide = wide.permute(0, 2, 3, 1)
         if y is None:
             y = F.linear(wide, fc2_weight[:, slab], fc2_bias)
         else:

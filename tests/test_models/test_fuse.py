@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import fuse_conv_bn
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -145,7 +146,7 @@ def test_groups_joined():
 
 @pytest.mark.parametrize('size', [(64, 96), (65, 33), (34, 63)])
 def test_pixels_packed(size):
-    model = fuse(stirred(GroupMamba(MICRO, out_indices=(0, ))))
+    model = fuse_conv_bn(stirred(GroupMamba(MICRO, out_indices=(0, ))))
     image = torch.randn(2, 3, *size)
     with torch.no_grad():
         want = model(image)
@@ -162,7 +163,7 @@ def test_activations_joined(monkeypatch, fault):
     """By cuDNN's operator, for which another stands here; one that gives something else is left."""
     monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, weight, bias, *options:
                         F.relu(F.conv2d(x, weight, bias, *options)) + fault)
-    model = fuse(stirred(GroupMamba(MICRO, out_indices=(0, ))))
+    model = fuse_conv_bn(stirred(GroupMamba(MICRO, out_indices=(0, ))))
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of autocast without a GPU

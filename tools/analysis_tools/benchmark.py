@@ -182,7 +182,8 @@ class Row:
                 outputs = as_tuple(self.run(one))
             if not cotangents:
                 cotangents.extend(torch.ones_like(y) for y in outputs)
-            torch.autograd.backward(outputs, cotangents)
+            with torch.autograd.set_multithreading_enabled(not self.args.calling_thread):
+                torch.autograd.backward(outputs, cotangents)
             if optimizer is not None:
                 optimizer.step()
 
@@ -603,6 +604,8 @@ class Benchmark:
             f"BatchNorm in eval mode; truth is the reference loop up to {LOOP_LIMIT} tokens, above "
             'it blocked. error: of the output in the precision timed. Peers are not compared; of '
             'mask-rcnn and upernet the backbone is.']
+        if args.calling_thread:
+            lines.append('backward passes run on the calling thread')
         lines += dict.fromkeys(self.notes)
         if args.profile:
             lines += ['', self.profile()]
@@ -666,6 +669,9 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
         help='one more row of each, two of ours with --fuse or --fused-ops: the pass as a CUDA '
         'graph')
     add('--amp', choices=DTYPES, help='autocast for all')
+    add('--calling-thread', action='store_true',
+        help="backward passes run on the calling thread, for all: handing them to autograd's GPU "
+        'thread takes as long as a short pass')
     add('--cudnn-benchmark', action='store_true', help='let cuDNN try its algorithms, for all')
     add('--device', choices=['cpu', 'cuda'],
         default='cuda' if torch.cuda.is_available() else 'cpu')

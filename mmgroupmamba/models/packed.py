@@ -1,0 +1,102 @@
+"""Modules of a folded model whose weights are laid out for oneDNN once; see :func:`~.fuse.fuse`.
+
+Each holds the plain module and is that module wherever oneDNN's operators do not serve: with
+gradients, under autocast, traced, in another dtype or on another device.
+"""
+from typing import Union
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmgroupmamba.ops import PackedConvs, feed_forward, packs
+
+from .layers import (
+    Block,
+    ChannelsLastConv2d,
+    ConvFFN,
+    DepthwiseConv,
+    Downsample,
+    GroupedLinear,
+    GroupedSSM,
+    Stem,
+    is_plain,
+)
+
+Plain = Union[nn.Conv2d, GroupedLinear]
+
+
+class PackedConv(nn.Module):
+    """A convolution, with ReLU behind it if that is asked for, or the linear maps of the groups; of
+    maps as the plain module has them."""
+
+    def __init__(self, plain: Plain, relu: bool = False) -> None:
+        super().__init__()
+        self.plain, self.relu = plain, relu
+        self.convs = PackedConvs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = self.plain
+        if not packs(x, plain.weight):
+            y = plain(x)
+            return F.relu(y) if self.relu else y
+        if isinstance(plain, GroupedLinear):
+            groups, outputs, inputs = plain.weight.shape
+            weight = plain.weight.view(groups * outputs, inputs, 1, 1)
+            y = self.convs.conv('', x.permute(0, 3, 1, 2), weight, None, groups=groups)
+            return y.permute(0, 2, 3, 1)
+        channels_last = isinstance(plain, (DepthwiseConv, ChannelsLastConv2d))
+        activation = 'relu' if self.relu else getattr(plain, 'activation', 'none')
+        y = self.convs.conv('', x.permute(0, 3, 1, 2) if channels_last else x, plain.weight,
+                            plain.bias, plain.stride[0], plain.padding[0], plain.groups,
+                            activation)
+        return y.permute(0, 2, 3, 1) if channels_last else y
+
+
+class PackedFFN(nn.Module):
+    """The feed-forward."""
+
+    def __init__(self, plain: ConvFFN) -> None:
+        super().__init__()
+        self.plain = plain
+        self.convs = PackedConvs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, conv, fc2 = self.plain.fc1, self.plain.conv, self.plain.fc2
+        if not (packs(x, fc1.weight) and all(map(is_plain, (fc1, conv, fc2)))):
+            return self.plain(x)
+        return feed_forward(x, fc1.weight, fc1.bias, conv.weight, conv.bias, conv.activation,
+                            fc2.weight, fc2.bias, self.convs)
+
+
+def pack(part: nn.Module) -> None:
+    """Put such modules into a part of a model in their plain ones' place; again, nothing more."""
+    for module in list(part.modules()):
+        if isinstance(module, Stem):
+            module.convs = _pack_stem(module.convs)
+        for name in _PACKED.get(type(module), ()):
+            plain = getattr(module, name)
+            if isinstance(plain, (nn.Conv2d, GroupedLinear)):
+                setattr(module, name, PackedConv(plain))
+            elif isinstance(plain, ConvFFN):
+                setattr(module, name, PackedFFN(plain))
+
+
+_PACKED = {
+    Stem: ('proj', ),
+    Downsample: ('proj', ),
+    GroupedSSM: ('in_proj', 'gate_proj', 'conv', 'x_proj', 'out_proj'),
+    Block: ('ffn', ),
+}
+
+
+def _pack_stem(convs: nn.Sequential) -> nn.Sequential:
+    """Each convolution with its ReLU, the folded norm between them left out."""
+    modules = [m for m in convs if not isinstance(m, nn.Identity)]
+    packed = []
+    for module in modules:
+        if isinstance(module, nn.ReLU) and packed and isinstance(packed[-1], nn.Conv2d):
+            packed[-1] = PackedConv(packed[-1], relu=True)
+        else:
+            packed.append(module)
+    return nn.Sequential(*packed)

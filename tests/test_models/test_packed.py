@@ -1,0 +1,132 @@
+"""Folded models on a CPU, their weights laid out for oneDNN: the plain modules wherever that does
+not serve."""
+import copy
+
+import pytest
+import torch
+from test_fuse import MICRO, relative, stirred
+
+from mmgroupmamba.models import GroupMamba, fuse
+from mmgroupmamba.models.layers import (
+    ChannelsLastConv2d,
+    ConvFFN,
+    DepthwiseConv,
+    GroupedLinear,
+    ModulatedGroupMamba,
+    init_weights,
+)
+from mmgroupmamba.models.packed import PackedConv, PackedFFN
+from mmgroupmamba.ops import PackedConvs, packed_conv
+
+IMAGE = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    if not packed_conv.available():
+        pytest.skip('this PyTorch has no oneDNN')
+    counted = []
+    conv = PackedConvs.conv
+
+    def counting(self, *args, **kwargs):
+        counted.append(1)
+        return conv(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedConvs, 'conv', counting)
+    return counted
+
+
+def test_backbone(calls):
+    model = stirred(GroupMamba(MICRO))
+    with torch.no_grad():
+        images = [IMAGE, IMAGE[:1, :, :37, :50], IMAGE[..., :33], IMAGE]
+        wants = [model(image) for image in images]
+        fuse(model)
+        layers = 5
+        for image, want in zip(images, wants):
+            calls.clear()
+            assert max(relative(g, w) for g, w in zip(model(image), want)) < 1e-5
+            # stem 4, downsampling 3; a layer has 4 maps of groups and a convolution, then 3
+            assert len(calls) == 7 + layers * 8
+        state = [type(module) for module in model.modules()]
+        assert [type(module) for module in fuse(model).modules()] == state
+    packed = [m.plain for m in model.modules() if isinstance(m, (PackedConv, PackedFFN))]
+    kinds = [sum(type(m) is kind for m in packed) for kind in (
+        torch.nn.Conv2d, ChannelsLastConv2d, DepthwiseConv, GroupedLinear, ConvFFN)]
+    assert kinds == [4, 3, layers, 4 * layers, layers]
+
+
+def test_slabs_of_the_feed_forward(calls, monkeypatch):
+    from importlib import import_module
+    module = import_module('mmgroupmamba.ops.feed_forward')
+    for name, value in dict(_SLAB=1000, _WHOLE=300, _NARROWEST=4).items():
+        monkeypatch.setattr(module, name, value)
+    torch.manual_seed(0)
+    ffn = ConvFFN(8, 50)
+    packed = PackedFFN(ffn)
+    with torch.no_grad():
+        for shape in ((2, 3, 5, 8), (1, 1, 2, 8), (1, 9, 4, 8), (2, 3, 5, 8)):
+            calls.clear()
+            x = torch.randn(shape)
+            want = ffn.fc2(ffn.conv(ffn.fc1(x)))
+            torch.testing.assert_close(packed(x), want, atol=1e-5, rtol=1e-5)
+            slabs = -(-50 // module.slab_width(x[..., 0].numel(), 50, 4))
+            assert len(calls) == (3 if slabs == 1 else 2 * slabs)
+
+
+def test_a_layer(calls):
+    layer = stirred(ModulatedGroupMamba(24).apply(init_weights))
+    x = torch.randn(2, 5, 3, 24)
+    with torch.no_grad():
+        want = layer(x)
+        assert relative(fuse(layer)(x), want) < 1e-5
+    assert len(calls) == 5
+
+
+def test_plain_where_it_does_not_serve(calls):
+    model = fuse(stirred(GroupMamba(MICRO)))
+    with torch.no_grad():
+        want = model(IMAGE)
+    calls.clear()
+    image = IMAGE.clone().requires_grad_()
+    got = model(image)
+    torch.autograd.grad(got[-1].sum(), image)
+    assert max(relative(g, w) for g, w in zip(got, want)) < 1e-5
+    with torch.no_grad():
+        with torch.autocast('cpu', torch.bfloat16):
+            assert max(relative(g, w) for g, w in zip(model(IMAGE), want)) < 0.1
+        traced = torch.jit.trace(model, IMAGE, check_trace=False)
+        assert not calls
+        assert max(relative(g, w) for g, w in zip(traced(IMAGE), want)) < 1e-5
+        compiled = torch.compile(model.stages[0], fullgraph=True, backend='eager')
+        assert relative(compiled(IMAGE), model.stages[0](IMAGE)) < 1e-5
+        calls.clear()
+        compiled(IMAGE)
+        double = copy.deepcopy(model).double()(IMAGE.double())
+        assert max(relative(g, w) for g, w in zip(want, double)) < 1e-5
+        assert not calls
+
+
+def test_weights_that_change_afterwards(calls):
+    model = fuse(stirred(GroupMamba(MICRO)))
+    with torch.no_grad():
+        model(IMAGE)
+        other = fuse(stirred(GroupMamba(MICRO)))
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+        want = other(IMAGE)
+        model.load_state_dict(other.state_dict())
+        assert all(torch.equal(g, w) for g, w in zip(model(IMAGE), want))
+        copied = copy.deepcopy(model)
+        for parameter in copied.parameters():
+            parameter.mul_(0.9)
+        assert relative(copied(IMAGE)[-1], want[-1]) > 1e-3
+        assert all(torch.equal(g, w) for g, w in zip(model(IMAGE), want))
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(packed_conv, 'available', lambda: False)
+    model = stirred(GroupMamba(MICRO))
+    with torch.no_grad():
+        want = model(IMAGE)
+        assert max(relative(g, w) for g, w in zip(fuse(model)(IMAGE), want)) < 1e-5
