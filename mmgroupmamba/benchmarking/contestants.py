@@ -11,7 +11,6 @@ import difflib
 import importlib
 import importlib.util
 import re
-import runpy
 import sys
 import types
 import warnings
@@ -478,8 +477,13 @@ class Peer(Contestant):
         path, _, factory = self.name.rpartition(':')
         if not Path(path).is_file():
             raise LaunchError(f'--against {self.name}: there is no file {path}')
+        # a module that can be imported by its name again: torch.compile does
+        module = types.ModuleType(re.sub(r'\W', '_', str(Path(path).resolve())))
+        module.__file__ = path
+        sys.modules[module.__name__] = module
         try:
-            make = runpy.run_path(path).get(factory)
+            exec(compile(Path(path).read_text(), path, 'exec'), vars(module))
+            make = getattr(module, factory, None)
         except Exception as error:
             raise LaunchError(f'--against {self.name} does not load: {type(error).__name__}: '
                               f'{one_line(error)}') from error

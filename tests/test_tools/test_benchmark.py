@@ -14,8 +14,8 @@ from mmengine.registry import DefaultScope
 from tiny import load_main
 
 from mmgroupmamba.benchmarking import measure
-from mmgroupmamba.benchmarking.contestants import plain_loop, with_right_gradient
-from mmgroupmamba.ops import scan_blocked, selective_scan
+from mmgroupmamba.benchmarking.contestants import Peer, Spec, plain_loop, with_right_gradient
+from mmgroupmamba.ops import resolve_backend, scan_blocked, selective_scan
 
 NANO = ['--arch', 'nano', '--repeats', '1', '--threads', '1', '--backends', 'blocked']
 
@@ -90,6 +90,8 @@ def run(main, tmp_path, capsys):
 
 def refused(main, capsys, *args: str) -> str:
     """The one line on which a command ends; progress stands before it."""
+    resolve_backend('auto', 'cpu', torch.float32)  # says once in a process what it takes
+    capsys.readouterr()
     assert main([*NANO, *args]) == 2
     captured = capsys.readouterr()
     assert not captured.out
@@ -296,6 +298,17 @@ def test_peers(run, tmp_path):
     assert [bool(r['error']) for r in rows] == [True, False, False, False]
     assert rows[3]['aten ops'] == '1'
     assert 'own:large: not timed, RuntimeError' in out
+
+
+def test_peer_of_a_file_compiles(tmp_path):
+    """Dynamo imports the module of what it inlines from another."""
+    (tmp_path / 'own.py').write_text(
+        'import torch\nSCALE = [2.]\ndef scaled(x):\n    return x * SCALE[0]\n'
+        'class Net(torch.nn.Module):\n    def forward(self, x):\n        return scaled(x)\n'
+        'make = lambda: torch.nn.Sequential(Net())\n')
+    net = Peer(f'{tmp_path}/own.py:make').build(Spec('classifier', 'tiny', 1))
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(net, backend='eager', fullgraph=True)(x), 2 * x)
 
 
 def checkout(folder: Path, factor: float = 1.) -> str:
