@@ -28,7 +28,7 @@ from .layers import (
     ModulatedGroupMamba,
     Stem,
 )
-from .packed import pack
+from .packed import PackedConv, PackedFFN, pack
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
 
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
     - the two heads of a distilled classifier, whose average is the prediction, into one;
-    - on a CPU, weights of convolutions, feed-forwards and the groups' linear maps laid out for
-      oneDNN once, activations within the convolution (:mod:`~.packed`): a second copy of them;
+    - on a CPU, weights of feed-forwards and of the convolutions before the stages laid out for
+      oneDNN once, as a second copy, and activations within the convolutions (:mod:`~.packed`);
     - on CUDA, the stem's first convolution over squares of pixels (:class:`_Squares`), and its
       convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, where norms are kernels, the bias of the convolution before a stage into its norm,
@@ -60,13 +60,18 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
         The model.
 
     Raises:
-        ValueError: There is no GroupMamba in it, nor a layer of one.
+        ValueError: There is no GroupMamba in it, nor a layer of one; or it is on a GPU and was
+            folded on a CPU.
     """
     parts: list[nn.Module] = [m for m in model.modules() if isinstance(m, GroupMamba)]
     parts = parts or [m for m in model.modules() if isinstance(m, ModulatedGroupMamba)]
     if not parts:
         raise ValueError(f'{type(model).__name__} has no GroupMamba in it: there is nothing of '
                          'ours to fuse')
+    if next(parts[0].parameters()).is_cuda and any(
+            isinstance(m, (PackedConv, PackedFFN)) for m in model.modules()):
+        raise ValueError(f'{type(model).__name__} was fused on a CPU: fuse the plain model on the '
+                         'device it will run on')
     model.eval()
     fuse_conv_bn(model)
     for module in model.modules():

@@ -3,34 +3,20 @@
 Each holds the plain module and is that module wherever oneDNN's operators do not serve: with
 gradients, under autocast, traced, in another dtype or on another device.
 """
-from typing import Union
-
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmgroupmamba.ops import PackedConvs, feed_forward, packs
 
-from .layers import (
-    Block,
-    ChannelsLastConv2d,
-    ConvFFN,
-    DepthwiseConv,
-    Downsample,
-    GroupedLinear,
-    GroupedSSM,
-    Stem,
-    is_plain,
-)
-
-Plain = Union[nn.Conv2d, GroupedLinear]
+from .layers import Block, ChannelsLastConv2d, ConvFFN, Downsample, Stem, is_plain
 
 
 class PackedConv(nn.Module):
-    """A convolution, with ReLU behind it if that is asked for, or the linear maps of the groups; of
-    maps as the plain module has them."""
+    """A convolution, with ReLU behind it if that is asked for; of maps as the plain one has them.
+    """
 
-    def __init__(self, plain: Plain, relu: bool = False) -> None:
+    def __init__(self, plain: nn.Conv2d, relu: bool = False) -> None:
         super().__init__()
         self.plain, self.relu = plain, relu
         self.convs = PackedConvs()
@@ -40,16 +26,10 @@ class PackedConv(nn.Module):
         if not packs(x, plain.weight):
             y = plain(x)
             return F.relu(y) if self.relu else y
-        if isinstance(plain, GroupedLinear):
-            groups, outputs, inputs = plain.weight.shape
-            weight = plain.weight.view(groups * outputs, inputs, 1, 1)
-            y = self.convs.conv('', x.permute(0, 3, 1, 2), weight, None, groups=groups)
-            return y.permute(0, 2, 3, 1)
-        channels_last = isinstance(plain, (DepthwiseConv, ChannelsLastConv2d))
-        activation = 'relu' if self.relu else getattr(plain, 'activation', 'none')
+        channels_last = isinstance(plain, ChannelsLastConv2d)  # (B, H, W, C)
         y = self.convs.conv('', x.permute(0, 3, 1, 2) if channels_last else x, plain.weight,
                             plain.bias, plain.stride[0], plain.padding[0], plain.groups,
-                            activation)
+                            'relu' if self.relu else 'none')
         return y.permute(0, 2, 3, 1) if channels_last else y
 
 
@@ -74,20 +54,10 @@ def pack(part: nn.Module) -> None:
     for module in list(part.modules()):
         if isinstance(module, Stem):
             module.convs = _pack_stem(module.convs)
-        for name in _PACKED.get(type(module), ()):
-            plain = getattr(module, name)
-            if isinstance(plain, (nn.Conv2d, GroupedLinear)):
-                setattr(module, name, PackedConv(plain))
-            elif isinstance(plain, ConvFFN):
-                setattr(module, name, PackedFFN(plain))
-
-
-_PACKED = {
-    Stem: ('proj', ),
-    Downsample: ('proj', ),
-    GroupedSSM: ('in_proj', 'gate_proj', 'conv', 'x_proj', 'out_proj'),
-    Block: ('ffn', ),
-}
+        if isinstance(module, (Stem, Downsample)) and isinstance(module.proj, nn.Conv2d):
+            module.proj = PackedConv(module.proj)
+        if isinstance(module, Block) and isinstance(module.ffn, ConvFFN):
+            module.ffn = PackedFFN(module.ffn)
 
 
 def _pack_stem(convs: nn.Sequential) -> nn.Sequential:
