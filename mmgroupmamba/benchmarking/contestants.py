@@ -482,9 +482,10 @@ class Peer(Contestant):
         module.__file__ = path
         sys.modules[module.__name__] = module
         try:
-            exec(compile(Path(path).read_text(), path, 'exec'), vars(module))
+            exec(compile(Path(path).read_bytes(), path, 'exec'), vars(module))
             make = getattr(module, factory, None)
         except Exception as error:
+            del sys.modules[module.__name__]
             raise LaunchError(f'--against {self.name} does not load: {type(error).__name__}: '
                               f'{one_line(error)}') from error
         if not callable(make):

@@ -91,6 +91,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
             _cast_maps(part, autocast_dtype)
         elif next(part.parameters()).device.type == 'cpu':
             pack(part)
+    model.eval()  # what is new in it
     return model.requires_grad_(False)
 
 

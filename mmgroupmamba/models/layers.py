@@ -7,7 +7,7 @@ Sources: GroupMamba (CVPR 2025), section 3 and equations 2 to 9; ``classificatio
 official repository for what the paper leaves open.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Optional, Union
 
 import torch
@@ -368,6 +368,8 @@ class Block(nn.Module):
         """For training as one function; None where a module inside is not as it is here (folded,
         replaced, or with a hook), so that it has its say."""
         mixer, ffn = self.mixer, self.ffn
+        if type(ffn) is not ConvFFN:
+            return None
         ssm, affinity = mixer.ssm, mixer.affinity
         linears = (ssm.in_proj, ssm.gate_proj, ssm.x_proj, ssm.out_proj, affinity.fc1,
                    affinity.fc2, mixer.proj, ffn.fc1, ffn.fc2, ssm.dt_proj)
@@ -406,10 +408,10 @@ _PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLine
           LayerNorm, GatedLayerNorm, DepthwiseConv}
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is as it is here, with ordinary parameters, not replaced in part or whole
-    and without a hook, so that a function may compute in its place."""
-    return (type(module) in _PLAIN and 'forward' not in vars(module)
+def is_plain(module: nn.Module, kinds: Collection[type] = frozenset(_PLAIN)) -> bool:
+    """Whether a module is one of ours (or of `kinds`) as it is here, with ordinary parameters, not
+    replaced in part or whole and without a hook, so that a function may compute in its place."""
+    return (type(module) in kinds and 'forward' not in vars(module)
             and all(type(p) is nn.Parameter for p in module._parameters.values())
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                      or module._backward_pre_hooks or any(_GLOBAL_HOOKS)))

@@ -1,35 +1,35 @@
 """Modules of a folded model whose weights are laid out for oneDNN once; see :func:`~.fuse.fuse`.
 
 Each holds the plain module and is that module wherever oneDNN's operators do not serve: with
-gradients, under autocast, traced, in another dtype or on another device.
+gradients, under autocast, traced, in another dtype or on another device; and where it was replaced
+in part or whole, or has a hook.
 """
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmgroupmamba.ops import PackedConvs, feed_forward, packs
 
 from .layers import Block, ChannelsLastConv2d, ConvFFN, Downsample, Stem, is_plain
 
+_CONVS = {nn.Conv2d, ChannelsLastConv2d}
+
 
 class PackedConv(nn.Module):
-    """A convolution, with ReLU behind it if that is asked for; of maps as the plain one has them.
-    """
+    """A dense convolution, of maps as the plain one has them."""
 
-    def __init__(self, plain: nn.Conv2d, relu: bool = False) -> None:
+    def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
-        self.plain, self.relu = plain, relu
+        self.plain = plain
         self.convs = PackedConvs()
 
     def forward(self, x: Tensor) -> Tensor:
         plain = self.plain
-        if not packs(x, plain.weight):
-            y = plain(x)
-            return F.relu(y) if self.relu else y
-        channels_last = isinstance(plain, ChannelsLastConv2d)  # (B, H, W, C)
+        channels_last = type(plain) is ChannelsLastConv2d  # (B, H, W, C)
+        if not (is_plain(plain, _CONVS) and packs(x, plain.weight)
+                and x.shape[3 if channels_last else 1] == plain.in_channels):
+            return plain(x)
         y = self.convs.conv('', x.permute(0, 3, 1, 2) if channels_last else x, plain.weight,
-                            plain.bias, plain.stride[0], plain.padding[0], plain.groups,
-                            'relu' if self.relu else 'none')
+                            plain.bias, plain.stride[0], plain.padding[0])
         return y.permute(0, 2, 3, 1) if channels_last else y
 
 
@@ -42,9 +42,11 @@ class PackedFFN(nn.Module):
         self.convs = PackedConvs()
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, conv, fc2 = self.plain.fc1, self.plain.conv, self.plain.fc2
-        if not (packs(x, fc1.weight) and all(map(is_plain, (fc1, conv, fc2)))):
-            return self.plain(x)
+        ffn = self.plain
+        fc1, conv, fc2 = ffn.fc1, ffn.conv, ffn.fc2
+        if not (all(map(is_plain, (ffn, fc1, conv, fc2)))
+                and all(packs(x, module.weight) for module in (fc1, conv, fc2))):
+            return ffn(x)
         return feed_forward(x, fc1.weight, fc1.bias, conv.weight, conv.bias, conv.activation,
                             fc2.weight, fc2.bias, self.convs)
 
@@ -53,20 +55,18 @@ def pack(part: nn.Module) -> None:
     """Put such modules into a part of a model in their plain ones' place; again, nothing more."""
     for module in list(part.modules()):
         if isinstance(module, Stem):
-            module.convs = _pack_stem(module.convs)
-        if isinstance(module, (Stem, Downsample)) and isinstance(module.proj, nn.Conv2d):
-            module.proj = PackedConv(module.proj)
-        if isinstance(module, Block) and isinstance(module.ffn, ConvFFN):
-            module.ffn = PackedFFN(module.ffn)
+            for i, conv in enumerate(module.convs):
+                if _is_usual(conv):
+                    module.convs[i] = PackedConv(conv).eval()
+        if isinstance(module, (Stem, Downsample)) and _is_usual(module.proj):
+            module.proj = PackedConv(module.proj).eval()
+        if (isinstance(module, Block) and type(module.ffn) is ConvFFN
+                and module.ffn.conv.backend == 'torch'):
+            module.ffn = PackedFFN(module.ffn).eval()
 
 
-def _pack_stem(convs: nn.Sequential) -> nn.Sequential:
-    """Each convolution with its ReLU, the folded norm between them left out."""
-    modules = [m for m in convs if not isinstance(m, nn.Identity)]
-    packed = []
-    for module in modules:
-        if isinstance(module, nn.ReLU) and packed and isinstance(packed[-1], nn.Conv2d):
-            packed[-1] = PackedConv(packed[-1], relu=True)
-        else:
-            packed.append(module)
-    return nn.Sequential(*packed)
+def _is_usual(conv: nn.Module) -> bool:
+    """Whether a module is a convolution of the kind that the backbone has before its stages."""
+    return (type(conv) in _CONVS and conv.groups == 1 and conv.dilation == (1, 1)
+            and conv.padding_mode == 'zeros' and conv.stride[0] == conv.stride[1]
+            and not isinstance(conv.padding, str) and conv.padding[0] == conv.padding[1])

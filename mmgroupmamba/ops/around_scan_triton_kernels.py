@@ -42,7 +42,7 @@ def _gelu_to_half(z):
     """GELU for what is rounded to half precision: max(z, 0) - |z| Phi(-|z|), in eight instructions.
 
     log2 Phi(-z) as a polynomial in z, fitted to scipy's log_ndtr: the product to 6e-5, relatively,
-    where it is above 1e-3 (half precision: 5e-4 and 4e-3).
+    where it is above 1e-3 (half precision: 5e-4 and 4e-3). GELU of inf is NaN here.
     """
     z_abs = tl.abs(z)
     log = z_abs * -0.000353570423 + 0.00614277609
@@ -57,7 +57,8 @@ def _gelu_to_half(z):
 def _gelu_slope_to_half(z):
     """The derivative of GELU, absolutely to 7e-5: g(|z|) or 1 - g(|z|) with
     g(z) = Phi(-z) - z exp(-z**2 / 2) / sqrt(2 pi), and g(z) exp(z**2 / 2) a polynomial."""
-    z_abs = tl.minimum(tl.abs(z), 8.)  # the polynomial stays finite
+    # the polynomial stays finite
+    z_abs = tl.minimum(tl.abs(z), 8., propagate_nan=tl.PropagateNan.ALL)
     scaled = z_abs * 0.8493218003  # sqrt(log2(e) / 2)
     bell = tl.exp2(-scaled * scaled)
     g = z_abs * -0.00273962 + 0.02528027

@@ -1,6 +1,6 @@
 """Convolutions with weights laid out once for oneDNN, for inference on a CPU.
 
-PyTorch's own convolution lays its weight out anew in every call, which takes up to a third of the
+PyTorch's own convolution lays its weight out anew in every call, which takes up to a quarter of the
 time of a small map, and its activation passes over the result once more. The operators here are
 the private ones that Inductor freezes models with (``torch/_inductor/fx_passes/mkldnn_fusion.py``
 in PyTorch); :func:`packs` says where they serve.
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from .operator import infers_on_cpu
 
-ACTIVATIONS = {'none': 'none', 'relu': 'relu', 'silu': 'swish', 'gelu': 'gelu'}  # oneDNN's names
+# oneDNN's names; its ReLU makes 0 of NaN
+ACTIVATIONS = {'none': 'none', 'silu': 'swish', 'gelu': 'gelu'}
 
 
 def packs(x: Tensor, weight: Tensor) -> bool:
     """Whether :class:`PackedConvs` serve: float32, eager inference on a CPU, PyTorch with oneDNN
-    (on, and with the private operators)."""
+    (on, and with the private operators), and a weight that knows when it is changed."""
     return (x.dtype == weight.dtype == torch.float32 and infers_on_cpu(x)
-            and weight.device.type == 'cpu' and torch.backends.mkldnn.enabled and available())
+            and weight.device.type == 'cpu' and not weight.is_inference()
+            and torch.backends.mkldnn.enabled and available())
 
 
 @lru_cache(maxsize=None)
@@ -30,12 +32,11 @@ def available() -> bool:
     """Whether this PyTorch has the operators, and they give what its convolution does."""
     if not torch.backends.mkldnn.is_available():
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, 5, 6, generator=generator).to(memory_format=torch.channels_last)
-    weight = torch.randn(8, 2, 3, 3, generator=generator)
-    bias = torch.randn(8, generator=generator)
+    options = dict(generator=torch.Generator().manual_seed(0), dtype=torch.float32, device='cpu')
+    x = torch.randn(1, 8, 5, 6, **options).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(8, 2, 3, 3, **options), torch.randn(8, **options)
     plain = F.conv2d(x, weight, bias, stride=2, padding=1, groups=4)
-    activations = dict(none=plain, relu=F.relu(plain), silu=F.silu(plain), gelu=F.gelu(plain))
+    activations = dict(none=plain, silu=F.silu(plain), gelu=F.gelu(plain))
     try:
         with torch.no_grad():
             for name, want in activations.items():
@@ -48,13 +49,14 @@ def available() -> bool:
 
 class _Packed(NamedTuple):
     packed: Tensor
-    weight: Tensor  # kept, so that its memory becomes no other's
+    weight: Tensor  # its memory, kept so that it becomes no other's
     state: tuple
 
 
 class PackedConvs:
     """The convolutions of a module, each by its name; a weight is laid out when it is first used,
-    and again after it was changed or replaced. What is laid out is neither copied nor saved."""
+    and again after it was changed or replaced, which is not seen of what is written through its
+    ``.data``. What is laid out is neither copied nor saved."""
 
     def __init__(self) -> None:
         self._packed: dict[Hashable, _Packed] = {}
@@ -73,19 +75,18 @@ class PackedConvs:
             weight: (C', C / groups, k, k).
             bias: (C',) or None.
             stride, padding, groups: As of F.conv2d.
-            activation: 'none', 'relu', 'silu' or 'gelu' (the exact one).
+            activation: 'none', 'silu' or 'gelu' (the exact one).
 
         Returns:
             (batch, C', H', W'), channels last in memory.
         """
         sides = [padding, padding], [stride, stride], [1, 1], groups
-        state = (weight.data_ptr(), weight.shape, weight.stride(),
-                 None if weight.is_inference() else weight._version)
+        state = weight.data_ptr(), weight.shape, weight.stride(), weight._version
         known = self._packed.get(name)
         if known is None or known.state != state:
             packed = torch.ops.mkldnn._reorder_convolution_weight(
                 weight.contiguous(memory_format=torch.channels_last), *sides, list(x.shape))
-            known = self._packed[name] = _Packed(packed, weight, state)
+            known = self._packed[name] = _Packed(packed, weight.detach(), state)
         algorithm = 'none' if activation == 'gelu' else ''
         return torch.ops.mkldnn._convolution_pointwise(
             x, known.packed, bias, *sides, ACTIVATIONS[activation], [], algorithm)

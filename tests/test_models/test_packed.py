@@ -1,10 +1,13 @@
 """Folded models on a CPU, their weights laid out for oneDNN: the plain modules wherever that does
 not serve."""
 import copy
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from test_fuse import MICRO, relative, stirred
+from torch import nn
 
 from mmgroupmamba.models import GroupMamba, fuse
 from mmgroupmamba.models.layers import ChannelsLastConv2d, ConvFFN
@@ -40,11 +43,12 @@ def test_backbone(calls):
             calls.clear()
             assert max(relative(g, w) for g, w in zip(model(image), want)) < 1e-5
             assert len(calls) == 4 + 3 + 3 * blocks  # stem, downsampling, feed-forwards
+        assert not any(module.training for module in model.modules())
         state = [type(module) for module in model.modules()]
         assert [type(module) for module in fuse(model).modules()] == state
     packed = [m.plain for m in model.modules() if isinstance(m, (PackedConv, PackedFFN))]
     kinds = [sum(type(m) is kind for m in packed)
-             for kind in (torch.nn.Conv2d, ChannelsLastConv2d, ConvFFN)]
+             for kind in (nn.Conv2d, ChannelsLastConv2d, ConvFFN)]
     assert kinds == [4, 3, blocks]
 
 
@@ -88,6 +92,79 @@ def test_plain_where_it_does_not_serve(calls):
         double = copy.deepcopy(model).double()(IMAGE.double())
         assert max(relative(g, w) for g, w in zip(want, double)) < 1e-5
         assert not calls
+
+
+class OtherFFN(ConvFFN):
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def other_ffn(model):
+    ffn = model.stages[1].blocks[0].ffn
+    ffn.__class__ = OtherFFN
+
+
+def other_forward(model):
+    ffn = model.stages[1].blocks[0].ffn
+    ffn.forward = lambda x: x / 2
+
+
+def other_fc1(model):
+    ffn = model.stages[1].blocks[0].ffn
+    ffn.fc1 = nn.Sequential(ffn.fc1, nn.Identity())
+
+
+def other_conv(model, **options):
+    conv = model.stages[0].embed.proj
+    model.stages[0].embed.proj = nn.Conv2d(
+        conv.in_channels, conv.out_channels, 3, **dict(dict(stride=2, padding=1), **options))
+
+
+def hooked(model, name):
+    model.get_submodule(name).register_forward_hook(lambda module, args, y: y.cos())
+
+
+@pytest.mark.parametrize('change', [
+    other_ffn, other_forward, other_fc1, lambda m: other_conv(m, padding_mode='reflect'),
+    lambda m: other_conv(m, dilation=2), lambda m: other_conv(m, padding='same', stride=1),
+    lambda m: other_conv(m, padding=(1, 2)),
+    lambda m: nn.utils.weight_norm(m.stages[0].embed.proj),
+    *[partial(hooked, name=f'stages.0.{name}') for name in (
+        'embed.proj', 'embed.convs', 'embed.convs.2', 'blocks.0.ffn', 'blocks.0.ffn.fc1')]])
+def test_what_is_changed_inside_has_its_say(change):
+    model = stirred(GroupMamba(MICRO))
+    with torch.no_grad():
+        plain = model(IMAGE)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # weight_norm has a successor
+            change(model)
+        want = model(IMAGE)
+        if hasattr(model.stages[0].embed.proj, 'weight_g'):
+            model.stages[0].embed.proj.weight_g.mul_(2)
+            want = model(IMAGE)
+        assert any(g.shape != w.shape or relative(g, w) > 1e-3 for g, w in zip(plain, want)) or (
+            change is other_fc1)
+        got = fuse(model)(IMAGE)
+    assert max(relative(g, w) for g, w in zip(got, want)) < 1e-5
+
+
+def test_what_is_not_finite_shows():
+    model, image = fuse(stirred(GroupMamba(MICRO))), IMAGE.clone()
+    image[0, 0, 20, 20] = torch.nan
+    with torch.no_grad():
+        assert model(image)[0][0].isnan().any() and not model(image)[0][1].isnan().any()
+
+
+def test_wrong_number_of_channels_is_named():
+    model = fuse(stirred(GroupMamba(MICRO)))
+    with torch.no_grad(), pytest.raises(RuntimeError, match='to have 3 channels, but got 1'):
+        model(IMAGE[:, :1])
+
+
+def test_training_asks_no_packed_module():
+    model = fuse(stirred(GroupMamba(MICRO)))
+    assert model.stages[0].blocks[0]._weights() is None
 
 
 def test_weights_that_change_afterwards(calls):

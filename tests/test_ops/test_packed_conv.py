@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmgroupmamba.ops import PackedConvs, packed_conv, packs
 
-ACTIVATIONS = dict(none=lambda x: x, relu=F.relu, silu=F.silu, gelu=F.gelu)
+ACTIVATIONS = dict(none=lambda x: x, silu=F.silu, gelu=F.gelu)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,12 @@ def test_laid_out_once(monkeypatch):
     assert all(right() for _ in range(2)) and len(calls) == 3
     assert right(weight=randn(8, 4, 3, 3, seed=2)) and len(calls) == 4  # another
     assert right(weight=weight[:4]) and right(weight=weight[4:]) and len(calls) == 6
+    learned = torch.nn.Parameter(weight.clone())
+    assert right(weight=learned)
+    for seed in range(20):  # its memory may be the one that was given back
+        learned.data = torch.zeros(1)
+        learned.data = randn(8, 4, 3, 3, seed=seed)
+        assert right(weight=learned)
 
 
 def test_what_is_laid_out_is_not_copied():
@@ -75,7 +81,19 @@ def test_what_is_laid_out_is_not_copied():
         assert not other._packed
         assert torch.equal(other.conv('a', x, weight, None), want)
     with torch.inference_mode():
-        assert torch.equal(convs.conv('a', x, weight.clone(), None), want)
+        assert torch.equal(convs.conv('a', x, weight, None), want)
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_what_is_not_finite_shows(activation):
+    """A broken image or a diverged model does not pass for a sound one."""
+    x, weight = randn(1, 4, 6, 6), randn(8, 4, 3, 3)
+    x[0, 0, 2, 2] = torch.nan
+    x[0, 1, 5, 5] = torch.inf
+    got = PackedConvs().conv('', channels_last(x), weight, None, activation=activation)
+    want = ACTIVATIONS[activation](F.conv2d(x, weight))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5, equal_nan=True)
+    assert got.isnan().any()
 
 
 def test_where_it_serves():
@@ -89,6 +107,18 @@ def test_where_it_serves():
         assert not packs(x, weight)
     assert not packs(x.double(), weight.double()) and not packs(x.bfloat16(), weight)
     assert not packs(x, weight.to('meta')) and not packs(x.to('meta'), weight)
+    with torch.inference_mode():
+        assert packs(x, weight) and not packs(x, weight.clone())  # whose changes are not counted
+
+
+def test_found_whatever_the_defaults():
+    packed_conv.available.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device('meta'):
+            assert packed_conv.available()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize('fault', ['missing', 'raises', 'wrong'])

@@ -288,7 +288,7 @@ def test_amp(run):
 
 
 def test_peers(run, tmp_path):
-    (tmp_path / 'own.py').write_text('from torch import nn\n'
+    (tmp_path / 'own.py').write_text('\ufefffrom torch import nn\n'
                                      'def net():\n    return nn.Conv2d(3, 5, 7)\n'
                                      'def large():\n    return nn.Conv2d(3, 5, 64)\n')
     out, rows, _ = run('--subjects', 'backbone', '--sizes', '32x32', '--passes', 'forward',
