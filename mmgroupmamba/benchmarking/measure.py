@@ -187,8 +187,11 @@ def count_launches(step: Step, device: str) -> int:
     return _outermost_aten_ops(profiler.profiler.kineto_results.experimental_event_tree())
 
 
+_OPS = 'aten::', 'mkldnn::'  # PyTorch's own
+
+
 def _outermost_aten_ops(events: Iterable[Any]) -> int:
-    return sum(1 if event.name.startswith('aten::') else _outermost_aten_ops(event.children)
+    return sum(1 if event.name.startswith(_OPS) else _outermost_aten_ops(event.children)
                for event in events)
 
 

@@ -7,7 +7,7 @@ in part or whole, or has a hook.
 import torch.nn as nn
 from torch import Tensor
 
-from mmgroupmamba.ops import PackedConvs, feed_forward, packs
+from mmgroupmamba.ops import PackedConvs, feed_forward, infers_on_cpu, packs
 
 from .layers import Block, ChannelsLastConv2d, ConvFFN, Downsample, Stem, is_plain
 
@@ -25,7 +25,7 @@ class PackedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         plain = self.plain
         channels_last = type(plain) is ChannelsLastConv2d  # (B, H, W, C)
-        if not (is_plain(plain, _CONVS) and packs(x, plain.weight)
+        if not (infers_on_cpu(x) and is_plain(plain, _CONVS) and packs(x, plain.weight)
                 and x.shape[3 if channels_last else 1] == plain.in_channels):
             return plain(x)
         y = self.convs.conv('', x.permute(0, 3, 1, 2) if channels_last else x, plain.weight,
@@ -44,7 +44,7 @@ class PackedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ffn = self.plain
         fc1, conv, fc2 = ffn.fc1, ffn.conv, ffn.fc2
-        if not (all(map(is_plain, (ffn, fc1, conv, fc2)))
+        if not (infers_on_cpu(x) and all(map(is_plain, (ffn, fc1, conv, fc2)))
                 and all(packs(x, module.weight) for module in (fc1, conv, fc2))):
             return ffn(x)
         return feed_forward(x, fc1.weight, fc1.bias, conv.weight, conv.bias, conv.activation,
