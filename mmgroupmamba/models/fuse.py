@@ -38,7 +38,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
     - BatchNorm into the convolutions before it (the stem's, and those of dense heads);
     - the two heads of a distilled classifier, whose average is the prediction, into one;
     - on a CPU, weights of feed-forwards and of the convolutions before the stages laid out for
-      oneDNN once, as a second copy, and activations within the convolutions (:mod:`~.packed`);
+      oneDNN once, as a second copy, and GELU within its convolution (:mod:`~.packed`);
     - on CUDA, the stem's first convolution over squares of pixels (:class:`_Squares`), and its
       convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, where norms are kernels, the bias of the convolution before a stage into its norm,
