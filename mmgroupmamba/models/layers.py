@@ -411,7 +411,7 @@ _PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLine
 def is_plain(module: nn.Module, kinds: Collection[type] = frozenset(_PLAIN)) -> bool:
     """Whether a module is one of ours (or of `kinds`) as it is here, with ordinary parameters, not
     replaced in part or whole and without a hook, so that a function may compute in its place."""
-    return (type(module) in kinds and 'forward' not in vars(module)
+    return (type(module) in kinds and 'forward' not in module.__dict__
             and all(type(p) is nn.Parameter for p in module._parameters.values())
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                      or module._backward_pre_hooks or any(_GLOBAL_HOOKS)))
