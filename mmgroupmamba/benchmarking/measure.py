@@ -171,7 +171,8 @@ def operator_shares(step: Step, device: str, repeats: int = 5) -> dict[str, floa
 
 
 def count_launches(step: Step, device: str) -> int:
-    """Kernel launches of a step on CUDA, one for a graph; on CPU the aten ops it calls.
+    """Kernel launches of a step on CUDA, one for a graph; on CPU the operators of
+    PyTorch's own it calls, aten's and oneDNN's.
 
     These are the calls from Python, from autograd and from inside custom operators, views included;
     what one aten op calls to do its work is part of it.

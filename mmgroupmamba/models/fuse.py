@@ -72,7 +72,6 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
             isinstance(m, (PackedConv, PackedFFN)) for m in model.modules()):
         raise ValueError(f'{type(model).__name__} was fused on a CPU: fuse the plain model on the '
                          'device it will run on')
-    model.eval()
     fuse_conv_bn(model)
     for module in model.modules():
         if getattr(module, 'dist_fc', None) is not None:
@@ -91,7 +90,7 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
             _cast_maps(part, autocast_dtype)
         elif next(part.parameters()).device.type == 'cpu':
             pack(part)
-    model.eval()  # what is new in it
+    model.eval()
     return model.requires_grad_(False)
 
 

@@ -45,24 +45,25 @@ class PackedFFN(nn.Module):
         ffn = self.plain
         fc1, conv, fc2 = ffn.fc1, ffn.conv, ffn.fc2
         if not (infers_on_cpu(x) and all(map(is_plain, (ffn, fc1, conv, fc2)))
-                and all(packs(x, module.weight) for module in (fc1, conv, fc2))):
+                and packs(x, fc1.weight, conv.weight, fc2.weight)):
             return ffn(x)
         return feed_forward(x, fc1.weight, fc1.bias, conv.weight, conv.bias, conv.activation,
                             fc2.weight, fc2.bias, self.convs)
 
 
 def pack(part: nn.Module) -> None:
-    """Put such modules into a part of a model in their plain ones' place; again, nothing more."""
+    """Put such modules into a part of a model in their plain ones' place; again, nothing more.
+    Where a module there is of another kind than the backbone's, it stays."""
     for module in list(part.modules()):
         if isinstance(module, Stem):
             for i, conv in enumerate(module.convs):
                 if _is_usual(conv):
-                    module.convs[i] = PackedConv(conv).eval()
+                    module.convs[i] = PackedConv(conv)
         if isinstance(module, (Stem, Downsample)) and _is_usual(module.proj):
-            module.proj = PackedConv(module.proj).eval()
+            module.proj = PackedConv(module.proj)
         if (isinstance(module, Block) and type(module.ffn) is ConvFFN
                 and module.ffn.conv.backend == 'torch'):
-            module.ffn = PackedFFN(module.ffn).eval()
+            module.ffn = PackedFFN(module.ffn)
 
 
 def _is_usual(conv: nn.Module) -> bool:

@@ -19,11 +19,12 @@ from .operator import infers_on_cpu
 ACTIVATIONS = {'none': 'none', 'silu': 'swish', 'gelu': 'gelu'}
 
 
-def packs(x: Tensor, weight: Tensor) -> bool:
+def packs(x: Tensor, *weights: Tensor) -> bool:
     """Whether :class:`PackedConvs` serve: float32, eager inference on a CPU, PyTorch with oneDNN
-    (on, and with the private operators), and a weight that knows when it is changed."""
-    return (x.dtype == weight.dtype == torch.float32 and infers_on_cpu(x)
-            and weight.device.type == 'cpu' and not weight.is_inference()
+    (on, and with the private operators), and weights that know when they are changed."""
+    return (x.dtype == torch.float32 and infers_on_cpu(x)
+            and all(weight.dtype == torch.float32 and weight.device.type == 'cpu'
+                    and not weight.is_inference() for weight in weights)
             and torch.backends.mkldnn.enabled and available())
 
 
@@ -79,7 +80,14 @@ class PackedConvs:
 
         Returns:
             (batch, C', H', W'), channels last in memory.
+
+        Raises:
+            ValueError: The activation is unknown.
+            RuntimeError: Shapes do not fit together.
         """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f'packed convolution: unknown activation {activation!r}: choose one '
+                             f'of {", ".join(ACTIVATIONS)}')
         sides = [padding, padding], [stride, stride], [1, 1], groups
         state = weight.data_ptr(), weight.shape, weight.stride(), weight._version
         known = self._packed.get(name)

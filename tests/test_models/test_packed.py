@@ -3,6 +3,7 @@ not serve."""
 import copy
 import warnings
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -53,7 +54,6 @@ def test_backbone(calls):
 
 
 def test_slabs_of_the_feed_forward(calls, monkeypatch):
-    from importlib import import_module
     module = import_module('mmgroupmamba.ops.feed_forward')
     for name, value in dict(_SLAB=1000, _WHOLE=300, _NARROWEST=4).items():
         monkeypatch.setattr(module, name, value)

@@ -96,6 +96,11 @@ def test_what_is_not_finite_shows(activation):
     assert got.isnan().any()
 
 
+def test_unknown_activation_is_named():
+    with pytest.raises(ValueError, match="unknown activation 'relu': choose one of none, silu"):
+        PackedConvs().conv('', randn(1, 4, 6, 6), randn(8, 4, 3, 3), None, activation='relu')
+
+
 def test_where_it_serves():
     x, weight = randn(1, 4, 6, 6), randn(8, 4, 3, 3)
     assert packs(x, weight)
