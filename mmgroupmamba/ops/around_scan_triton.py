@@ -21,12 +21,13 @@ from .precision import cast, linear_dtype, without_autocast
 from .scan_triton import why_not as why_not  # the same Triton, the same devices
 
 GROUPS = len(DIRECTIONS)
-_LANES = 128, 256  # of a tile of the convolution, forward and backward; two a thread
+_THREADS, _LANES = 64, 256  # of a tile of the convolution: forward; backward, two a thread
 _PROGRAMS = 1024  # of a launch of 4 warps that fills a large GPU twice over
 # Columns of a lane. An input pixel is loaded (K + 2) / K times forward: 7 where they waste fewer
 # lanes, as in maps 7 or 14 wide. Backward, z is computed (K + 2) / K times; a fourth column would
 # take 217 registers instead of 128.
 _FORWARD, _BACKWARD = (4, 7), 3
+_WIDE = 512  # channels of a map that comes from memory, not from a cache
 _FORWARD_WARPS = 2  # of the norms' kernels: 16 values a thread, up to a quarter faster
 
 _PARTS = 512  # of what the norms' weight and bias are summed over: four a multiprocessor
@@ -41,10 +42,12 @@ class ConvTile(NamedTuple):
         COLUMNS: Columns of a lane.
         STRIPS: Lanes of a channel.
         CHANNELS: Channels of a tile.
+        AHEAD: Rows that are loaded ahead of their use.
     """
     COLUMNS: int
     STRIPS: int
     CHANNELS: int
+    AHEAD: int = 1
 
 
 @lru_cache(maxsize=1024)
@@ -53,7 +56,11 @@ def conv_sizes(batch: int, height: int, width: int, channels: int, backward: boo
     """Tile, the rows that a lane walks, and the programs of a channel tile."""
     columns = _BACKWARD if backward else min(_FORWARD, key=lambda c: -(-width // c) * c)
     block = 64 if (channels - 1) % 64 >= 32 else 32  # the one that wastes fewer lanes
-    tile = ConvTile(columns, _LANES[backward] // block, block)
+    wide = not backward and channels >= _WIDE
+    if wide and columns == 4 and channels % 128 == 0:  # registers for four channels a thread
+        block = 128
+    lanes = _LANES if backward else max(2 * _THREADS, 2 * block)
+    tile = ConvTile(columns, lanes // block, block, 2 if wide else 1)
     across = -(-batch * -(-width // columns) // tile.STRIPS)
     programs = across * -(-channels // block)
     # no fewer than 8 rows: each part reads two or four more
@@ -131,20 +138,13 @@ def _kernels() -> ModuleType:
     return import_module('.around_scan_triton_kernels', __package__)
 
 
-def _launch_conv(kernel: str, backward: bool, x: Tensor, *tensors: Tensor, **constants: Any
-                 ) -> None:
-    batch, height, width, channels = x.shape
-    tile, rows, programs = conv_sizes(*x.shape, backward)
-    align = _align(channels, 2)  # what a thread loads at once
-    launch(getattr(_kernels(), kernel), programs * -(-channels // tile.CHANNELS), (x, *tensors),
-           (batch, height, width, rows, channels // align, _pitch(x) // align),
-           **constants, ALIGN=align, **tile._asdict(),
-           num_warps=tile.STRIPS * tile.CHANNELS // 64)
-
-
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     y = _contiguous_like(x)
-    _launch_conv('conv_forward_kernel', False, x, weight, bias, y, ACTIVATION=activation)
+    batch, height, width, channels = x.shape
+    tile, rows, programs = conv_sizes(*x.shape, False)
+    launch(_kernels().conv_forward_kernel, programs * -(-channels // tile.CHANNELS),
+           (x, weight, bias, y), (batch, height, width, rows), ACTIVATION=activation, DIM=channels,
+           PITCH=_pitch(x), **tile._asdict(), num_warps=_THREADS // 32)
     return y
 
 
@@ -163,10 +163,16 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activat
                   dx: Tensor) -> Tensor:
     """The gradients of taps and bias, (10, C) in float32. That of x fills dx, (B, H, W, C), which
     is contiguous or has its pixels as far apart as those of x."""
-    programs = conv_sizes(*x.shape, True)[2]
-    sums = x.new_empty(programs, 10, x.shape[-1], dtype=torch.float32)
-    _launch_conv('conv_backward_kernel', True, x, grad.contiguous(), weight, bias, dx, sums,
-                 ACTIVATION=activation, PITCHED=not dx.is_contiguous())
+    batch, height, width, channels = x.shape
+    tile, rows, programs = conv_sizes(*x.shape, True)
+    sums = x.new_empty(programs, 10, channels, dtype=torch.float32)
+    align = _align(channels, 2)  # what a thread loads at once
+    launch(_kernels().conv_backward_kernel, programs * -(-channels // tile.CHANNELS),
+           (x, grad.contiguous(), weight, bias, dx, sums),
+           (batch, height, width, rows, channels // align, _pitch(x) // align),
+           ACTIVATION=activation, PITCHED=not dx.is_contiguous(), ALIGN=align,
+           COLUMNS=tile.COLUMNS, STRIPS=tile.STRIPS, CHANNELS=tile.CHANNELS,
+           num_warps=_LANES // 64)
     return sums.sum(0)
 
 
@@ -571,7 +577,7 @@ def sum_sizes(batch: int, tokens: int, dim: int) -> tuple[NormTile, int, int]:
     block = _block(dim)
     tile = NormTile(_align(dim, 8), max(4096 // block, 1), block)
     tiles = -(-tokens // tile.ROWS)
-    together = -(-tiles // min(max(2 * _PROGRAMS // batch, 1), _IMAGE_PARTS))
+    together = -(-tiles // min(max(_PROGRAMS // batch, 1), _IMAGE_PARTS))
     return tile, -(-tiles // together), together
 
 

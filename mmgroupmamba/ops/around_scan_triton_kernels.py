@@ -138,29 +138,28 @@ def _widen(narrow, COUNT: tl.constexpr):
     return values
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=['batch', 'height', 'width', 'rows'])
 def conv_forward_kernel(
-        x, weight, bias, y, batch, height, width, rows, units, pitch,
-        ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-        STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
+        x, weight, bias, y, batch, height, width, rows,
+        ACTIVATION: tl.constexpr, DIM: tl.constexpr, PITCH: tl.constexpr, COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr):
     """A lane is a channel of a strip of COLUMNS columns and walks down `rows` rows.
 
-    Each pixel is loaded once for the three rows of output that it is in, a row before its use.
-    Pixels of x are pitch * ALIGN apart: it may be a part of a map of more channels.
+    Each pixel is loaded once for the three rows of output that it is in, AHEAD rows before its use.
+    Pixels of x, of which DIM channels are read, are PITCH apart: it may be a part of a map of more
+    channels. Both are known when the kernel is compiled, so that a row's loads share an address.
     """
     HALF: tl.constexpr = y.dtype.element_ty.primitive_bitwidth == 16
-    channels = units * ALIGN
-    apart = pitch * ALIGN
     first, column, pixel, c, valid = _strips(
-        batch, height, width, rows, channels, COLUMNS, STRIPS, CHANNELS)
-    lane = pixel * channels + c
+        batch, height, width, rows, DIM, COLUMNS, STRIPS, CHANNELS)
+    lane = pixel * DIM + c
     stop = tl.minimum(first + rows, height)
-    line = width.to(tl.int64) * channels
-    source = pixel * apart + c
+    line = width.to(tl.int64) * DIM
+    source = pixel * PITCH + c
     taps = ()
     for k in tl.static_range(9):
-        taps += (tl.load(weight + c * 9 + k, c < channels, other=0.).to(tl.float32), )
-    shift = tl.load(bias + c, c < channels, other=0.).to(tl.float32)
+        taps += (tl.load(weight + c * 9 + k, c < DIM, other=0.).to(tl.float32), )
+    shift = tl.load(bias + c, c < DIM, other=0.).to(tl.float32)
     shift = tl.broadcast_to(shift, (STRIPS, CHANNELS))
     inside = ()
     for j in tl.static_range(COLUMNS + 2):
@@ -171,36 +170,42 @@ def conv_forward_kernel(
         above += (shift, )
         here += (shift, )
 
-    source_line = width.to(tl.int64) * apart
-    x -= source_line + apart
+    source_line = width.to(tl.int64) * PITCH
+    x -= source_line + PITCH
     y -= 2 * line
-    ahead = _load_row(x, source, inside, first > 0, apart, COLUMNS + 2)
     row = first - 1
-    while row <= first + rows:
-        xs = ahead
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        ahead += (_load_row(x, source, inside, (row + i >= 0) & (row + i <= stop)
+                            & (row + i < height), PITCH, COLUMNS + 2), )
         x += source_line
-        ahead = _load_row(x, source, inside, (row < stop) & (row + 1 < height), apart,
-                          COLUMNS + 2)
-        next_above = ()
-        next_here = ()
-        for k in tl.static_range(COLUMNS):
-            done = above[k]
-            middle = here[k]
-            below = shift
-            for j in tl.static_range(3):
-                value = xs[k + j].to(tl.float32)
-                done += value * taps[6 + j]
-                middle += value * taps[3 + j]
-                below += value * taps[j]
-            tl.store(y + k * channels + lane,
-                     _activate(done, HALF, ACTIVATION).to(y.dtype.element_ty),
-                     inside[k + 1] & (row > first) & (row <= stop))
-            next_above += (middle, )
-            next_here += (below, )
-        above = next_above
-        here = next_here
-        y += line
-        row += 1
+    while row <= first + rows:
+        following = ()
+        for i in tl.static_range(AHEAD):  # so that what was loaded is used where it is
+            xs = _widen(ahead[i], COLUMNS + 2)
+            following += (_load_row(x, source, inside, (row + AHEAD <= stop)
+                                    & (row + AHEAD < height), PITCH, COLUMNS + 2), )
+            x += source_line
+            next_above = ()
+            next_here = ()
+            for k in tl.static_range(COLUMNS):
+                done = above[k]
+                middle = here[k]
+                below = shift
+                for j in tl.static_range(3):
+                    done += xs[k + j] * taps[6 + j]
+                    middle += xs[k + j] * taps[3 + j]
+                    below += xs[k + j] * taps[j]
+                tl.store(y + k * DIM + lane,
+                         _activate(done, HALF, ACTIVATION).to(y.dtype.element_ty),
+                         inside[k + 1] & (row > first) & (row <= stop))
+                next_above += (middle, )
+                next_here += (below, )
+            above = next_above
+            here = next_here
+            y += line
+            row += 1
+        ahead = following
 
 
 @triton.jit(do_not_specialize=RUNTIME)

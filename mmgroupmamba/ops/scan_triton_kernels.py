@@ -193,6 +193,26 @@ def _entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
     return a * carry + tl.load(ends + at + channels, known, other=0.)
 
 
+@triton.jit
+def _load_block(x, delta, rows, first, group, height, width, valid, in_row,
+                x_token, d_token, r_token, RANK: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+                BACKWARD: tl.constexpr):
+    """Of STEP tokens from `first` on: their cells and what is there of x, of the rows and of the
+    step that a sequence's door was given; past the end, of some other cell."""
+    cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
+    xs = ()
+    held = ()
+    given = ()
+    for s in tl.static_range(STEP):
+        # a negative cell is a large one without its sign
+        cell = tl.minimum(cells[s].to(tl.uint32), (height * width - 1).to(tl.uint32)).to(tl.int32)
+        xs += (tl.load(x + cell * x_token, valid, other=0.), )
+        held += (tl.load(rows + cell * r_token, in_row, other=0.), )
+        if RANK == 0:
+            given += (tl.load(delta + cell * d_token, valid, other=0.), )
+    return cells, xs, held, given
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def summary_kernel(
         x, delta, weight, rows, A, bias, ends,
@@ -232,29 +252,25 @@ def summary_kernel(
         if REVERSE:
             first = chunks * T - STEP - first
         left = length - first
-        cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
-        xs = ()
-        held = ()
-        sources = ()
-        insides = ()
-        for s in tl.static_range(STEP):
-            cell = cells[STEP - 1 - s if REVERSE else s]
-            inside = left > (STEP - 1 - s if REVERSE else s)
-            insides += (inside, )
-            xs += (tl.load(x + cell * x_token, inside & valid, other=0.), )
-            held += (tl.load(rows + cell * r_token, inside & in_row, other=0.).to(tl.float32), )
+        cells, xs, held, given = _load_block(
+            x, delta, rows, first, group, height, width, valid, in_row, x_token, d_token, r_token,
+            RANK, STEP, COLUMNS, BACKWARD)
+        for i in tl.static_range(STEP):
+            inside = left > (STEP - 1 - i if REVERSE else i)
+            row = held[STEP - 1 - i if REVERSE else i].to(tl.float32)
+            value = xs[STEP - 1 - i if REVERSE else i].to(tl.float32)
             if RANK == 0:
-                sources += (tl.load(delta + cell * d_token, inside & valid, other=0.), )
+                source = given[STEP - 1 - i if REVERSE else i]
             else:
-                sources += (held[s], )
-        for s in tl.static_range(STEP):
-            dt, raw = _step_size(sources[s], weights, shift, insides[s], RANK, SOFTPLUS)
-            value = xs[s].to(tl.float32)
+                source = row
+            dt, raw = _step_size(source, weights, shift, inside, RANK, SOFTPLUS)
+            if REVERSE:
+                value = tl.where(inside, value, 0.)
             next_a = ()
             next_h = ()
             for n in tl.static_range(N):
                 factor = tl.exp2(dt * rates[n])
-                drive = value * _value(held[s], RANK + (N if REVERSE else 0) + n)
+                drive = value * _value(row, RANK + (N if REVERSE else 0) + n)
                 next_a += (factor * a[n], )
                 if REVERSE:
                     next_h += (factor * (h[n] + drive), )
@@ -311,6 +327,12 @@ def forward_kernel(
             h += (_entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
                             N, CHUNKS, CHANNELS, TILES), )
 
+    # one warp walks a long sequence: there is room for the loads of the block after this one
+    AHEAD: tl.constexpr = ends is None and T >= 128
+    ahead = ()
+    if AHEAD:
+        ahead = _load_block(x, delta, rows, q * T, group, height, width, valid, in_row, x_token,
+                            d_token, r_token, RANK, STEP, COLUMNS, BACKWARD)
     for block in range(T // STEP):
         if entry is not None:
             stop = batch * (chunks * T // STEP) + q * (T // STEP) + block
@@ -318,28 +340,30 @@ def forward_kernel(
                 tl.store(entry + (stop * N + n) * channels + channel, h[n], valid)
         first = q * T + block * STEP
         left = length - first
-        cells = _cells(first, group, height, width, STEP, COLUMNS, BACKWARD)
-        xs = ()
-        held = ()
-        sources = ()
+        if AHEAD:
+            cells, xs, held, given = ahead
+            following = tl.minimum(first + STEP, T - STEP)
+            ahead = _load_block(x, delta, rows, following, group, height, width, valid, in_row,
+                                x_token, d_token, r_token, RANK, STEP, COLUMNS, BACKWARD)
+        else:
+            cells, xs, held, given = _load_block(
+                x, delta, rows, first, group, height, width, valid, in_row, x_token, d_token,
+                r_token, RANK, STEP, COLUMNS, BACKWARD)
         for s in tl.static_range(STEP):
             inside = left > s
-            xs += (tl.load(x + cells[s] * x_token, inside & valid, other=0.), )
-            held += (tl.load(rows + cells[s] * r_token, inside & in_row, other=0.).to(tl.float32), )
+            row = held[s].to(tl.float32)
             if RANK == 0:
-                sources += (tl.load(delta + cells[s] * d_token, inside & valid, other=0.), )
+                source = given[s]
             else:
-                sources += (held[s], )
-        for s in tl.static_range(STEP):
-            inside = left > s
-            dt, raw = _step_size(sources[s], weights, shift, inside, RANK, SOFTPLUS)
+                source = row
+            dt, raw = _step_size(source, weights, shift, inside, RANK, SOFTPLUS)
             value = xs[s].to(tl.float32)
             out = skip * value
             next_h = ()
             for n in tl.static_range(N):
-                drive = dt * value * _value(held[s], RANK + n)
+                drive = dt * value * _value(row, RANK + n)
                 next_h += (tl.exp2(dt * rates[n]) * h[n] + drive, )
-                out += next_h[n] * _value(held[s], RANK + N + n)
+                out += next_h[n] * _value(row, RANK + N + n)
             h = next_h
             tl.store(y + cells[s] * channels, out.to(y.dtype.element_ty), inside & valid)
 

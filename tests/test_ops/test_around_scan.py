@@ -221,6 +221,8 @@ def test_dtypes_of_add_layer_norm(backend):
 @pytest.mark.parametrize('activation, shape', [
     ('gelu', (1, 1, 1, 20)), ('silu', (2, 1, 7, 20)), ('none', (1, 7, 1, 20)),
     ('gelu', (2, 5, 3, 20)), ('silu', (3, 2, 9, 7)), ('gelu', (1, 1, 3, 348)),
+    # rows two ahead; in parts, by columns of four and of seven, four and two channels a thread
+    ('gelu', (1, 11, 5, 512)), ('silu', (1, 10, 7, 544)), ('none', (2, 1, 2, 640)),
 ])
 def test_depthwise_conv(activation, shape):
     check('depthwise_conv', conv_inputs(*shape), torch.float32, activation=activation)
@@ -743,8 +745,11 @@ def test_few_variants_of_the_convolution(monkeypatch):
                 launches += launches_of(monkeypatch, 'depthwise_conv',
                                         conv_inputs(1, height, width, c), dtypes,
                                         activation=activation)
-    # two kernels, two tiles, two activations; forward, lanes of 4 and of 7 columns
-    assert len(variants(launches)) == 12
+    # forward, for each number of channels lanes of 4 and of 7 columns; backward, two tiles and two
+    # activations
+    kernels = [name for name, *_ in variants(launches)]
+    assert kernels.count('conv_forward_kernel') == 2 * (len(CHANNELS) + len(HIDDEN))
+    assert kernels.count('conv_backward_kernel') == 4
 
 
 @compiles
@@ -770,6 +775,7 @@ def test_few_variants_of_the_norms(monkeypatch):
     ('depthwise_conv', conv_inputs(1, 1, 1, 512), dict(activation='gelu'), torch.bfloat16),
     ('depthwise_conv', conv_inputs(1, 1, 14, 348), dict(activation='silu'), torch.float32),
     ('depthwise_conv', conv_inputs(1, 1, 14, 1392), dict(activation='gelu'), torch.bfloat16),
+    ('depthwise_conv', conv_inputs(1, 1, 4, 1024), dict(activation='gelu'), torch.float32),
     ('gated_layer_norm', gate_inputs(1, 1, 1, 4, 87), dict(eps=1e-5), torch.bfloat16),
     ('gated_layer_norm', gate_inputs(1, 1, 1, 4, 128), dict(eps=1e-5), torch.float32),
     ('add_layer_norm', norm_inputs(1, 1, 1, 348),
