@@ -18,6 +18,7 @@ from mmgroupmamba.ops import block_diagonal, linear_dtype, with_padding, without
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
+from .joined import FirstConv, join
 from .layers import (
     Block,
     DepthwiseConv,
@@ -42,7 +43,10 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
     - on CUDA, the stem's first convolution over squares of pixels (:class:`_Squares`), and its
       convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, where norms are kernels, the bias of the convolution before a stage into its norm,
-      which PyTorch would add in a pass of its own;
+      which PyTorch would add in a pass of its own, and steps behind one another into one kernel
+      (:mod:`~.joined`): a stage's first two norms; in half precision, the stem's first convolution
+      with its ReLU, and all that up to 128 channels go through between the scan and the
+      feed-forward;
     - on CUDA, the linear maps of the four groups into one with a block-diagonal matrix;
     - on CUDA, stages whose rows are no multiple of 16 bytes in half precision get zero channels
       (:func:`pad_channels`).
@@ -82,8 +86,9 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
             if isinstance(part, GroupMamba):
                 pad_channels(part)
             _join_groups(part)
-            _pack_pixels(part)
             _fold_biases(part)
+            join(part, autocast_dtype)
+            _pack_pixels(part)
             for module in [m for m in part.modules() if isinstance(m, Stem)]:
                 _join_activations(module.convs)
         if autocast_dtype is not None:
@@ -273,7 +278,9 @@ def _pack_pixels(part: nn.Module) -> None:
 
 def _fold_biases(part: nn.Module) -> None:
     for embed in [m for m in part.modules() if isinstance(m, (Stem, Downsample))]:
-        if embed.norm.backend == 'triton' and embed.proj.bias is not None:
+        norm = embed.norm
+        if (isinstance(norm, LayerNorm) and norm.backend == 'triton'
+                and embed.proj.bias is not None):
             embed.norm.offset, embed.proj.bias = embed.proj.bias, None
 
 
@@ -293,7 +300,7 @@ class _ConvReLU(nn.Module):
 
 def _join_activations(convs: nn.Sequential) -> None:
     """Each folded convolution of a stem with its ReLU, where this cuDNN gives the same."""
-    modules = [m for m in convs if not isinstance(m, (nn.Identity, _Squares))]
+    modules = [m for m in convs if not isinstance(m, (nn.Identity, FirstConv, _Squares))]
     for conv, relu in zip(modules[::2], modules[1::2]):
         if not isinstance(conv, nn.Conv2d) or not isinstance(relu, nn.ReLU):
             return

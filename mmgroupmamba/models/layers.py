@@ -26,6 +26,7 @@ from mmgroupmamba.ops import (
     DIRECTIONS,
     FUSED_OPS,
     BlockWeights,
+    MixerEnd,
     add_layer_norm,
     channel_affinity,
     depthwise_conv,
@@ -37,6 +38,7 @@ from mmgroupmamba.ops import (
     infers_on_cpu,
     layer_norm,
     linear_dtype,
+    mixer_end,
     modulate_layer_norm,
     projected_scan,
     scans_projected,
@@ -203,11 +205,15 @@ class GroupedSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        return self.out_proj(self.norm(*self.scan_and_gate(x)))
+
+    def scan_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is gated, (B, H, W, 4, d), and the gate, (B, H, W, C)."""
         if self.joint_proj is None:
             x, gate = self.in_proj(x), self.gate_proj(x)
         else:
             x, gate = self.joint_proj(x).chunk(2, -1)
-        return self.out_proj(self.norm(self.scan(self.conv(x)), gate))
+        return self.scan(self.conv(x)), gate
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan a map (B, H, W, C) with its input-dependent step, B and C: (B, H, W, 4, d), float32
@@ -271,12 +277,12 @@ class ModulatedGroupMamba(nn.Module):
     def modulate(self, x: Tensor) -> Tensor:
         """The layer but for the norm at its door."""
         y = self.ssm(x)
-        factor = self._factor(x)
+        factor = self.factor(x)
         if self.fused_modulation:
             return self.proj(self.norm.of_product(y, x, factor))
         return self.proj(self.norm(y * x * factor))
 
-    def _factor(self, x: Tensor) -> Tensor:
+    def factor(self, x: Tensor) -> Tensor:
         """What the channels of each image are multiplied by, (B, 1, 1, C)."""
         affinity = self.affinity
         if self.fused_affinity and all(map(is_plain, (affinity, affinity.fc1, affinity.fc2))):
@@ -318,6 +324,9 @@ class Block(nn.Module):
     The layer norms its own input; ``norm`` is the feed-forward's. With the fused op add_layer_norm,
     a block leaves its last sum to the next one: it takes and returns two maps. With all of them it
     trains as one function, :func:`~mmgroupmamba.ops.training_block`.
+
+    Attributes:
+        door, joins_end: Steps that are one in inference; see ``models/joined.py``.
     """
 
     def __init__(self,
@@ -334,6 +343,8 @@ class Block(nn.Module):
         self.scan_backend = scan_backend
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.door: Optional[nn.Module] = None
+        self.joins_end = False
 
     def forward(self, x: Tensor, branch: Optional[Tensor] = None
                 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
@@ -357,12 +368,35 @@ class Block(nn.Module):
             if weights is not None and trains_whole(x, weights, self.scan_backend):
                 return training_block(x, branch, self._keep(x), weights, self.mixer.norm.eps,
                                       self.norm.eps)
-        if branch is None:
-            normed = self.mixer.norm(x)
-        else:
+        if branch is not None:
             x, normed = self.mixer.norm.of_sum(branch, x)
-        x, normed = self.norm.of_sum(self.drop_path(self.mixer.modulate(normed)), x)
+        elif self.door is not None:
+            x, normed = self.door(x)
+        else:
+            normed = self.mixer.norm(x)
+        end = self._end(normed) if self.joins_end else None
+        if end is not None:
+            scanned, gate = self.mixer.ssm.scan_and_gate(normed)
+            x, normed = mixer_end(scanned, gate, normed, self.mixer.factor(normed), x, end,
+                                  'triton')
+        else:
+            x, normed = self.norm.of_sum(self.drop_path(self.mixer.modulate(normed)), x)
         return x, self.drop_path(self.ffn(normed))
+
+    def _end(self, normed: Tensor) -> Optional[MixerEnd]:
+        """The weights of what is one step behind the scan in inference; None as :meth:`_weights`.
+        """
+        mixer, ssm = self.mixer, self.mixer.ssm
+        modules = mixer, ssm, ssm.norm, mixer.norm, mixer.proj, self.norm
+        if (self.training or torch.is_grad_enabled() or not all(map(is_plain, modules))
+                or not is_plain(ssm.out_proj, {nn.Linear}, without_bias=True)
+                or not normed.dtype == ssm.out_proj.weight.dtype == mixer.proj.weight.dtype):
+            return None
+        return MixerEnd(
+            group_weight=ssm.norm.weight, group_bias=ssm.norm.bias, out_proj=ssm.out_proj.weight,
+            norm_weight=mixer.norm.weight, norm_bias=mixer.norm.bias, proj=mixer.proj.weight,
+            proj_bias=mixer.proj.bias, next_weight=self.norm.weight, next_bias=self.norm.bias,
+            norm_eps=mixer.norm.eps, next_eps=self.norm.eps)
 
     def _weights(self) -> Optional[BlockWeights]:
         """For training as one function; None where a module inside is not as it is here (folded,
@@ -408,17 +442,24 @@ _PLAIN = {ModulatedGroupMamba, GroupedSSM, ChannelAffinity, ConvFFN, GroupedLine
           LayerNorm, GatedLayerNorm, DepthwiseConv}
 
 
-def is_plain(module: nn.Module, kinds: Collection[type] = frozenset(_PLAIN)) -> bool:
-    """Whether a module is one of ours (or of `kinds`) as it is here, with ordinary parameters, not
-    replaced in part or whole and without a hook, so that a function may compute in its place."""
+def is_plain(module: nn.Module, kinds: Collection[type] = frozenset(_PLAIN),
+             without_bias: bool = False) -> bool:
+    """Whether a module is one of ours (or of `kinds`) as it is here, with ordinary parameters (or
+    without a bias), not replaced in part or whole and without a hook, so that a function may
+    compute in its place."""
     return (type(module) in kinds and 'forward' not in module.__dict__
-            and all(type(p) is nn.Parameter for p in module._parameters.values())
+            and all(type(p) is nn.Parameter or without_bias and name == 'bias' and p is None
+                    for name, p in module._parameters.items())
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                      or module._backward_pre_hooks or any(_GLOBAL_HOOKS)))
 
 
 class Stem(nn.Module):
-    """Image (B, 3, H, W) -> normed map (B, ceil(H / 4), ceil(W / 4), C)."""
+    """Image (B, 3, H, W) -> normed map (B, ceil(H / 4), ceil(W / 4), C).
+
+    Attributes:
+        channels_last: Whether the convolutions want the image so; see ``models/joined.py``.
+    """
 
     def __init__(self, hidden_channels: int, channels: int,
                  fused_ops: Sequence[str] = ()) -> None:
@@ -435,11 +476,13 @@ class Stem(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden_channels, channels, 3, stride=2, padding=1)
         self.norm = LayerNorm(channels, fused_ops=fused_ops)
+        self.channels_last = True
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.convs(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.proj(self.convs(x)).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):

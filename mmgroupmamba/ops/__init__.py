@@ -15,6 +15,15 @@ from .around_scan import (
 from .directional_scan import block_diagonal, directional_scan, grouped_linear
 from .directions import DIRECTIONS, from_sequences, to_sequences
 from .feed_forward import feed_forward
+from .inference import (
+                          MixerEnd,
+                          conv_relu,
+                          convolves_with_relu,
+                          image_squares,
+                          joins_mixer_end,
+                          layer_norm_pair,
+                          mixer_end,
+)
 from .operator import infers_on_cpu
 from .packed_conv import PackedConvs, packs
 from .precision import linear_dtype
@@ -29,11 +38,12 @@ from .selective_scan import (
 from .training_block import BlockWeights, training_block, trains_whole
 
 __all__ = [
-    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'BlockWeights', 'PackedConvs',
+    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'BlockWeights', 'MixerEnd', 'PackedConvs',
     'add_layer_norm', 'available_backends', 'block_diagonal', 'channel_affinity', 'check_backend',
-    'check_fused_ops', 'depthwise_conv', 'depthwise_conv_linear', 'directional_scan',
-    'feed_forward', 'from_sequences', 'gated_layer_norm', 'grouped_linear', 'infers_on_cpu',
-    'layer_norm', 'linear_dtype', 'modulate_layer_norm', 'packs', 'projected_scan',
-    'resolve_backend', 'scans_projected', 'selective_scan', 'to_sequences', 'training_block',
-    'trains_whole', 'with_padding', 'without_padding'
+    'check_fused_ops', 'conv_relu', 'convolves_with_relu', 'depthwise_conv',
+    'depthwise_conv_linear', 'directional_scan', 'feed_forward', 'from_sequences',
+    'gated_layer_norm', 'grouped_linear', 'image_squares', 'infers_on_cpu', 'joins_mixer_end',
+    'layer_norm', 'layer_norm_pair', 'linear_dtype', 'mixer_end', 'modulate_layer_norm', 'packs',
+    'projected_scan', 'resolve_backend', 'scans_projected', 'selective_scan', 'to_sequences',
+    'training_block', 'trains_whole', 'with_padding', 'without_padding'
 ]

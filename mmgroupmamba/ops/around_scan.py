@@ -161,7 +161,7 @@ def layer_norm(x: Tensor,
     _check_real('layer_norm', x.shape[3], real)
     if offset is not None:
         check_tensors('layer_norm', x.device, offset=(offset, (x.shape[3], )))
-    norm_dtype = norm_dtype or _norm_dtype(x)
+    norm_dtype = norm_dtype or norm_dtype_of(x)
     module = _module('layer_norm', backend, x.device.type)
     if module is not None:
         return module.layer_norm(x, weight, bias, eps, norm_dtype, real, offset)
@@ -203,7 +203,7 @@ def add_layer_norm(x: Tensor,
     """
     _check_norm('add_layer_norm', x, weight, bias, residual=residual)
     _check_real('add_layer_norm', x.shape[3], real)
-    norm_dtype = norm_dtype or _norm_dtype(x, residual)
+    norm_dtype = norm_dtype or norm_dtype_of(x, residual)
     module = _module('add_layer_norm', backend, x.device.type)
     if module is not None:
         return module.add_layer_norm(x, residual, weight, bias, eps, norm_dtype, real)
@@ -294,7 +294,7 @@ def modulate_layer_norm(y: Tensor,
     _check_norm('modulate_layer_norm', y, weight, bias, x=x)
     _check_real('modulate_layer_norm', y.shape[3], real)
     check_tensors('modulate_layer_norm', y.device, factor=(factor, (len(y), 1, 1, y.shape[3])))
-    norm_dtype = norm_dtype or _norm_dtype(y, x, factor)
+    norm_dtype = norm_dtype or norm_dtype_of(y, x, factor)
     module = _module('modulate_layer_norm', backend, y.device.type)
     if module is not None:
         return module.modulate_layer_norm(y, x, factor, weight, bias, eps, norm_dtype,
@@ -306,7 +306,7 @@ def modulate_layer_norm(y: Tensor,
     return _wide_layer_norm(product, weight, bias, eps, norm_dtype, real)
 
 
-def _norm_dtype(*tensors: Tensor) -> torch.dtype:
+def norm_dtype_of(*tensors: Tensor) -> torch.dtype:
     """What F.layer_norm gives for tensors' sum or product."""
     dtype = tensors[0].dtype
     for t in tensors[1:]:
@@ -399,6 +399,11 @@ def _module(operator: str, backend: str, device_type: str) -> Optional[ModuleTyp
     if reason is not None:
         raise BackendUnavailableError(f'{operator}: backend {backend!r} cannot run: {reason}')
     return module
+
+
+def check_backend_of(operator: str, backend: str, device_type: str) -> bool:
+    """Whether a backend is another than the definition; raises as :func:`check_fused_ops`."""
+    return _module(operator, backend, device_type) is not None
 
 
 def check_tensors(operator: str, device: torch.device,

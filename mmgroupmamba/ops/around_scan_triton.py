@@ -7,7 +7,7 @@ reproducible. Nothing is kept for the backward but what went in, and the sum tha
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F

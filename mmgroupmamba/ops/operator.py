@@ -70,6 +70,25 @@ class Operator:
         return self.forward(*inputs)
 
 
+class InferenceOperator:
+    """An operator without a backward, with the two doors of :class:`Operator`.
+
+    Args:
+        name: In torch.library.
+        forward: The launch, annotated as torch.library wants it.
+        fake: Likewise, results without values.
+    """
+
+    def __init__(self, name: str, forward: Callable, fake: Callable) -> None:
+        self.forward = forward
+        torch.library.custom_op(f'{_NAMESPACE}::{name}', forward, mutates_args=())
+        torch.library.register_fake(f'{_NAMESPACE}::{name}', fake)
+        self.op = getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.op(*inputs) if traced() else self.forward(*inputs)
+
+
 class _Eager(torch.autograd.Function):
 
     @staticmethod

@@ -194,8 +194,8 @@ def _entering(ends, batch, tile, q, channel, valid, chunks, channels, n,
 
 
 @triton.jit
-def _load_block(x, delta, rows, first, group, height, width, valid, in_row,
-                x_token, d_token, r_token, RANK: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+def _load_block(x, delta, rows, first, group, height, width, valid, in_row, x_token, d_token,
+                r_token, RANK: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
                 BACKWARD: tl.constexpr):
     """Of STEP tokens from `first` on: their cells and what is there of x, of the rows and of the
     step that a sequence's door was given; past the end, of some other cell."""
