@@ -16,7 +16,7 @@ from mmgroupmamba.checkpoint import load_backbone
 from mmgroupmamba.ops import check_backend, check_fused_ops
 from mmgroupmamba.registry import MODELS
 
-from .layers import GROUPS, Block, Downsample, LayerNorm, Stem, init_weights, is_plain
+from .layers import GROUPS, Block, Downsample, LayerNorm, Pending, Stem, init_weights, is_plain
 
 MIN_SIZE = 32
 
@@ -103,6 +103,10 @@ class Stage(nn.Module):
         if len(maps) == 1:
             return self.norm(maps[0])
         x, branch = maps
+        if isinstance(branch, Pending):
+            if isinstance(self.norm, LayerNorm) and is_plain(self.norm):
+                return branch.sum_and_norm(x, self.norm)[1]
+            branch = branch.settle()
         if isinstance(self.norm, LayerNorm) and is_plain(self.norm):
             return self.norm.of_sum(branch, x)[1]
         return self.norm(x + branch)

@@ -13,6 +13,7 @@ from mmgroupmamba.ops import (
     conv_relu,
     convolves_with_relu,
     image_squares,
+    joins_linear_sum,
     joins_mixer_end,
     layer_norm_pair,
     linear_dtype,
@@ -64,9 +65,11 @@ def join(part: nn.Module, dtype: Optional[torch.dtype]) -> None:
     for stem in [m for m in part.modules() if isinstance(m, Stem)]:
         _join_first_conv(stem, dtype)
     for block in [m for m in part.modules() if isinstance(m, Block)]:
+        channels = len(block.norm.weight)
         block.joins_end = (block.all_fused and dtype is not None and dtype.itemsize == 2
-                           and block.norm.real is None
-                           and joins_mixer_end(len(block.norm.weight)))
+                           and block.norm.real is None and joins_mixer_end(channels))
+        block.joins_sum = block.joins_end and joins_linear_sum(
+            channels, block.ffn.fc2.in_features)
     for stage in part.stages if isinstance(part, GroupMamba) else ():
         embed, block = stage.embed, stage.blocks[0]
         if (type(embed) in (Stem, Downsample) and type(block) is Block and block.all_fused

@@ -8,7 +8,7 @@ official repository for what the paper leaves open.
 """
 import math
 from collections.abc import Collection, Sequence
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -38,8 +38,10 @@ from mmgroupmamba.ops import (
     infers_on_cpu,
     layer_norm,
     linear_dtype,
+    linear_sum,
     mixer_end,
     modulate_layer_norm,
+    norm_dtype_of,
     projected_scan,
     scans_projected,
     training_block,
@@ -207,12 +209,13 @@ class GroupedSSM(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         return self.out_proj(self.norm(*self.scan_and_gate(x)))
 
-    def scan_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is gated, (B, H, W, 4, d), and the gate, (B, H, W, C)."""
+    def scan_and_gate(self, x: Tensor, joint: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """What is gated, (B, H, W, 4, d), and the gate, (B, H, W, C). `joint` is ``joint_proj`` of
+        x, where that is known."""
         if self.joint_proj is None:
             x, gate = self.in_proj(x), self.gate_proj(x)
         else:
-            x, gate = self.joint_proj(x).chunk(2, -1)
+            x, gate = (self.joint_proj(x) if joint is None else joint).chunk(2, -1)
         return self.scan(self.conv(x)), gate
 
     def scan(self, x: Tensor) -> Tensor:
@@ -317,6 +320,35 @@ class ConvFFN(nn.Module):
         return depthwise_conv_linear(x, conv.weight, conv.bias, conv.activation, fc2.weight,
                                      fc2.bias, conv.backend)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """All but the last linear map: (B, H, W, C) -> (B, H, W, D)."""
+        return self.conv(self.fc1(x))
+
+
+class Pending(NamedTuple):
+    """A feed-forward that is still without its last linear map, which goes with the sum behind it.
+    """
+    hidden: Tensor
+    linear: nn.Linear
+
+    def settle(self) -> Tensor:
+        return self.linear(self.hidden)
+
+    def sum_and_norm(self, residual: Tensor, norm: LayerNorm, behind: Optional[nn.Linear] = None
+                     ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """The stream (B, H, W, C), its norm, and the linear map behind it, if there is one, all in
+        one kernel where the modules are plain."""
+        linear = self.linear
+        if not is_plain(linear) or not is_plain(norm):
+            return *norm.of_sum(self.settle(), residual), None
+        if behind is not None and not (is_plain(behind, {nn.Linear}, without_bias=True)
+                                       and behind.bias is None):
+            behind = None
+        dtype = linear_dtype(residual) if norm.before_linear else norm_dtype_of(residual)
+        return linear_sum(self.hidden, linear.weight, linear.bias, residual, norm.weight,
+                          norm.bias, norm.eps, dtype, None if behind is None else behind.weight,
+                          'triton')
+
 
 class Block(nn.Module):
     """Layer, then feed-forward, each with its residual: (B, H, W, C) in and out.
@@ -326,7 +358,7 @@ class Block(nn.Module):
     trains as one function, :func:`~mmgroupmamba.ops.training_block`.
 
     Attributes:
-        door, joins_end: Steps that are one in inference; see ``models/joined.py``.
+        door, joins_end, joins_sum: Steps that are one in inference; see ``models/joined.py``.
     """
 
     def __init__(self,
@@ -344,7 +376,7 @@ class Block(nn.Module):
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.door: Optional[nn.Module] = None
-        self.joins_end = False
+        self.joins_end = self.joins_sum = False
 
     def forward(self, x: Tensor, branch: Optional[Tensor] = None
                 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
@@ -353,7 +385,8 @@ class Block(nn.Module):
         x = x + self.drop_path(self.mixer(x))
         return x + self.drop_path(self.ffn(self.norm(x)))
 
-    def _fused(self, x: Tensor, branch: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    def _fused(self, x: Tensor, branch: Union[Tensor, Pending, None]
+               ) -> tuple[Tensor, Union[Tensor, Pending]]:
         """The same, each sum in one kernel with the norm that follows it.
 
         Args:
@@ -368,7 +401,10 @@ class Block(nn.Module):
             if weights is not None and trains_whole(x, weights, self.scan_backend):
                 return training_block(x, branch, self._keep(x), weights, self.mixer.norm.eps,
                                       self.norm.eps)
-        if branch is not None:
+        joint = None
+        if isinstance(branch, Pending):
+            x, normed, joint = branch.sum_and_norm(x, self.mixer.norm, self.mixer.ssm.joint_proj)
+        elif branch is not None:
             x, normed = self.mixer.norm.of_sum(branch, x)
         elif self.door is not None:
             x, normed = self.door(x)
@@ -376,11 +412,13 @@ class Block(nn.Module):
             normed = self.mixer.norm(x)
         end = self._end(normed) if self.joins_end else None
         if end is not None:
-            scanned, gate = self.mixer.ssm.scan_and_gate(normed)
+            scanned, gate = self.mixer.ssm.scan_and_gate(normed, joint)
             x, normed = mixer_end(scanned, gate, normed, self.mixer.factor(normed), x, end,
                                   'triton')
         else:
             x, normed = self.norm.of_sum(self.drop_path(self.mixer.modulate(normed)), x)
+        if self.joins_sum and end is not None and is_plain(self.ffn):
+            return x, Pending(self.ffn.hidden(normed), self.ffn.fc2)
         return x, self.drop_path(self.ffn(normed))
 
     def _end(self, normed: Tensor) -> Optional[MixerEnd]:

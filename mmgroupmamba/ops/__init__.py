@@ -9,6 +9,7 @@ from .around_scan import (
                           gated_layer_norm,
                           layer_norm,
                           modulate_layer_norm,
+                          norm_dtype_of,
                           with_padding,
                           without_padding,
 )
@@ -20,8 +21,10 @@ from .inference import (
                           conv_relu,
                           convolves_with_relu,
                           image_squares,
+                          joins_linear_sum,
                           joins_mixer_end,
                           layer_norm_pair,
+                          linear_sum,
                           mixer_end,
 )
 from .operator import infers_on_cpu
@@ -38,12 +41,13 @@ from .selective_scan import (
 from .training_block import BlockWeights, training_block, trains_whole
 
 __all__ = [
-    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'BlockWeights', 'MixerEnd', 'PackedConvs',
-    'add_layer_norm', 'available_backends', 'block_diagonal', 'channel_affinity', 'check_backend',
-    'check_fused_ops', 'conv_relu', 'convolves_with_relu', 'depthwise_conv',
+    'DIRECTIONS', 'FUSED_OPS', 'BackendUnavailableError', 'BlockWeights', 'MixerEnd',
+    'PackedConvs', 'add_layer_norm', 'available_backends', 'block_diagonal', 'channel_affinity',
+    'check_backend', 'check_fused_ops', 'conv_relu', 'convolves_with_relu', 'depthwise_conv',
     'depthwise_conv_linear', 'directional_scan', 'feed_forward', 'from_sequences',
-    'gated_layer_norm', 'grouped_linear', 'image_squares', 'infers_on_cpu', 'joins_mixer_end',
-    'layer_norm', 'layer_norm_pair', 'linear_dtype', 'mixer_end', 'modulate_layer_norm', 'packs',
-    'projected_scan', 'resolve_backend', 'scans_projected', 'selective_scan', 'to_sequences',
-    'training_block', 'trains_whole', 'with_padding', 'without_padding'
+    'gated_layer_norm', 'grouped_linear', 'image_squares', 'infers_on_cpu', 'joins_linear_sum',
+    'joins_mixer_end', 'layer_norm', 'layer_norm_pair', 'linear_dtype', 'linear_sum',
+    'mixer_end', 'modulate_layer_norm', 'norm_dtype_of', 'packs', 'projected_scan',
+    'resolve_backend', 'scans_projected', 'selective_scan', 'to_sequences', 'training_block',
+    'trains_whole', 'with_padding', 'without_padding'
 ]

@@ -22,6 +22,7 @@ from .around_scan import (
     modulate_layer_norm,
     norm_dtype_of,
 )
+from .inference_triton import joins_linear_sum as joins_linear_sum
 from .inference_triton import joins_mixer_end as joins_mixer_end
 from .precision import without_autocast
 
@@ -102,6 +103,61 @@ def mixer_end(y: Tensor, gate: Tensor, x: Tensor, factor: Tensor, residual: Tens
         total, normed = add_layer_norm(y, residual, w.next_weight, w.next_bias, w.next_eps,
                                        x.dtype)
     return total.to(residual.dtype), normed
+
+
+def linear_sum(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor,
+               norm_bias: Tensor, eps: float, norm_dtype: torch.dtype,
+               next_weight: Optional[Tensor] = None, backend: str = 'torch'
+               ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """A feed-forward's last linear map, the residual sum, its norm and the linear map behind that:
+    from one layer into the next.
+
+    Args:
+        x: The hidden map, (batch, H, W, D).
+        weight, bias: Of the linear map, (C, D) in x's dtype and (C,).
+        residual: The stream, (batch, H, W, C).
+        norm_weight, norm_bias, eps: Of the norm, (C,).
+        norm_dtype: Of the norm's result.
+        next_weight: Of the linear map of the norm, without bias, (E, C) in x's dtype.
+        backend: 'torch' or 'triton', which takes half precision, at most 128 channels, a multiple
+            of 8, D a multiple of 64 and E of C. The linear map's result is not rounded there.
+
+    Returns:
+        The stream in its dtype, its norm, and the last map in x's dtype, (batch, H, W, E), or None.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or not the backend.
+        BackendUnavailableError: The backend asked for cannot run on this device.
+    """
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('linear_sum: x must be (batch, H, W, D) and not empty, got '
+                         f'{tuple(x.shape)}')
+    channels = len(weight)
+    vectors = dict(bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_tensors('linear_sum', x.device, weight=(weight, (channels, x.shape[3])),
+                  residual=(residual, (*x.shape[:3], channels)),
+                  **{name: (t, (channels, )) for name, t in vectors.items()})
+    linears = [weight]
+    if next_weight is not None:
+        check_tensors('linear_sum', x.device,
+                      next_weight=(next_weight, (len(next_weight), channels)))
+        linears.append(next_weight)
+    if any(t.dtype != x.dtype for t in linears):
+        raise ValueError(f'linear_sum: the linear maps must be in the dtype of x, {x.dtype}, got '
+                         f'{", ".join(str(t.dtype) for t in linears)}')
+    if check_backend_of('linear_sum', backend, x.device.type):
+        if (x.dtype.itemsize != 2 or not joins_linear_sum(*weight.shape)
+                or any(len(t) % channels for t in linears)):
+            raise ValueError('linear_sum: the Triton kernel takes half precision and few channels, '
+                             f"not {x.dtype}, {channels} and {x.shape[3]}: use backend='torch'")
+        total, normed, out = inference_triton.LINEAR_SUM(
+            x, weight, bias, residual, norm_weight, norm_bias, eps, norm_dtype, next_weight)
+        return total, normed, None if next_weight is None else out
+    with without_autocast(x.device.type):
+        y = F.linear(x, weight, bias.to(x.dtype))
+        total, normed = add_layer_norm(y, residual, norm_weight, norm_bias, eps, norm_dtype)
+        out = None if next_weight is None else F.linear(normed.to(x.dtype), next_weight)
+    return total.to(residual.dtype), normed, out
 
 
 def layer_norm_pair(x: Tensor, weight: Tensor, bias: Tensor, eps: float, next_weight: Tensor,

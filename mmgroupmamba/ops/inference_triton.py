@@ -23,6 +23,7 @@ _VALUES = 2**12  # of a tile
 # of a thread, with up to 64 channels: four programs run at once, which is worth some values in
 # local memory (132 us instead of 145 for 56 x 56 x 64, batch 128, H200)
 _REGISTERS = 128
+_ROWS, _STEP = 64, 64  # tokens of a tile, and channels that are added up at once
 _SQUARES = 128  # of a program
 _OUTPUTS = 2**13  # of a program of the convolution
 
@@ -73,6 +74,36 @@ def _mixer_end_fake(y, gate, x, factor, residual, *_):
 
 
 MIXER_END = InferenceOperator('triton_mixer_end', _mixer_end, _mixer_end_fake)
+
+
+def joins_linear_sum(channels: int, hidden: int) -> bool:
+    """Whether :func:`linear_sum` is for so many channels from so many."""
+    return channels % 8 == 0 and _block(channels) <= _WIDEST and hidden % _STEP == 0
+
+
+def _linear_sum(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor,
+                norm_bias: Tensor, eps: float, norm_dtype: torch.dtype,
+                next_weight: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    results = _linear_sum_fake(x, weight, bias, residual, norm_weight, norm_bias, eps, norm_dtype,
+                               next_weight)
+    channels, hidden = weight.shape
+    tokens, block = x.numel() // hidden, _block(channels)
+    contiguous = (t if t is None else t.contiguous() for t in (
+        x, weight, bias, residual, norm_weight, norm_bias, next_weight))
+    launch(_kernels().linear_sum_kernel, -(-tokens // _ROWS), (*contiguous, *results),
+           (tokens, float(eps)), IN=hidden, C=channels, OUT=results[2].shape[-1], BLOCK=block,
+           ROWS=_ROWS, STEP=_STEP)
+    return results
+
+
+def _linear_sum_fake(x, weight, bias, residual, norm_weight, norm_bias, eps, norm_dtype,
+                     next_weight):
+    out = 0 if next_weight is None else len(next_weight)
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return total, torch.empty_like(total, dtype=norm_dtype), x.new_empty(*x.shape[:3], out)
+
+
+LINEAR_SUM = InferenceOperator('triton_linear_sum', _linear_sum, _linear_sum_fake)
 
 
 def _norm_pair(x: Tensor, offset: Optional[Tensor], weight: Tensor, bias: Tensor,

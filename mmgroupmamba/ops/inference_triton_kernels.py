@@ -97,6 +97,44 @@ def mixer_end_kernel(
     tl.store(normed + at, value.to(normed.dtype.element_ty), inside)
 
 
+@triton.jit(do_not_specialize=['tokens'])
+def linear_sum_kernel(
+        x, weight, bias, residual, norm_weight, norm_bias, next_weight, total, normed, out, tokens,
+        eps, IN: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+        ROWS: tl.constexpr, STEP: tl.constexpr):
+    """A program is ROWS tokens: their IN channels STEP at a time, C channels of the stream, and
+    OUT channels of the linear map behind the norm, none if that is 0."""
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    inside = token < tokens
+    known = None
+    known_rows = None
+    if C != BLOCK:
+        known = column < C
+        known_rows = row < C
+    k = tl.arange(0, STEP)[None, :]
+    value = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.range(0, IN, STEP, num_stages=4):
+        part = tl.load(x + token * IN + first + k, inside, other=0.)
+        if known_rows is None:
+            matrix = tl.load(weight + row * IN + first + k)
+        else:
+            matrix = tl.load(weight + row * IN + first + k, known_rows, other=0.)
+        value = tl.dot(part, tl.trans(matrix), value)
+    at = token * C + column
+    if known is not None:
+        inside &= known
+    value += _known(bias, known, column) + tl.load(residual + at, inside, other=0.).to(tl.float32)
+    tl.store(total + at, value.to(total.dtype.element_ty), inside)
+    value = _unit(value, known, 1. / C, eps, 1) * _known(norm_weight, known, column)
+    value += _known(norm_bias, known, column)
+    tl.store(normed + at, value.to(normed.dtype.element_ty), inside)
+    for first in tl.static_range(0, OUT, C):
+        part = _linear(value, next_weight + first * C, row, column, C, known, known_rows)
+        tl.store(out + token * OUT + first + column, part.to(out.dtype.element_ty), inside)
+
+
 @triton.jit(do_not_specialize=['tokens', 'units', 'width', 'real'])
 def norm_pair_kernel(x, offset, weight, bias, next_weight, next_bias, first, second, tokens, units,
                      width, real, eps, next_eps,

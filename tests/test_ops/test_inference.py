@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_around_scan import check_operator
 from test_scan_triton import (
     Recorder,
     by_a_subprocess,
@@ -26,8 +27,10 @@ from mmgroupmamba.ops import (
     convolves_with_relu,
     image_squares,
     inference_triton,
+    joins_linear_sum,
     joins_mixer_end,
     layer_norm_pair,
+    linear_sum,
     mixer_end,
 )
 
@@ -90,6 +93,35 @@ def test_mixer_end_takes_any_stream_and_layout():
     for a, b in zip(got, want):
         assert a.dtype == torch.float16
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+
+
+def sum_inputs(batch, height, width, channels, hidden, dtype, out=2):
+    return dict(
+        x=randn(batch, height, width, hidden).to(dtype),
+        weight=randn(channels, hidden, seed=1, scale=hidden**-.5).to(dtype),
+        bias=randn(channels, seed=2).to(dtype),
+        residual=randn(batch, height, width, channels, seed=3),
+        norm_weight=randn(channels, seed=4) + 1, norm_bias=randn(channels, seed=5), eps=1e-5,
+        next_weight=randn(out * channels, channels, seed=6, scale=channels**-.5).to(dtype))
+
+
+@runs
+@pytest.mark.parametrize('shape', [(2, 5, 3, 64, 128), (1, 7, 10, 48, 64), (1, 1, 1, 128, 192)])
+@pytest.mark.parametrize('out', [0, 1, 2])
+def test_linear_sum(shape, out):
+    inputs = sum_inputs(*shape, torch.float16, out)
+    if not out:
+        inputs['next_weight'] = None
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    want = linear_sum(**exact, norm_dtype=torch.float64)
+    for dtype in (torch.float16, torch.float32):
+        plain = linear_sum(**inputs, norm_dtype=dtype)
+        fused = linear_sum(**inputs, norm_dtype=dtype, backend='triton')
+        assert [t.dtype for t in fused[:2]] == [torch.float32, dtype]
+        assert (fused[2] is None) == (not out)
+        for got, of_plain, of in list(zip(fused, plain, want))[:3 if out else 2]:
+            assert got.shape == of_plain.shape and got.dtype == of_plain.dtype
+            assert relative(got, of) < 1.05 * max(relative(of_plain, of), 2**-12)
 
 
 @runs
@@ -157,6 +189,8 @@ def test_conv_relu_hands_nan_on():
 def test_what_the_kernels_are_for():
     assert [c for c in (32, 48, 64, 96, 128, 192, 348) if joins_mixer_end(c)] == [
         32, 48, 64, 96, 128]
+    assert [c for c in (32, 36, 48, 128, 192) if joins_linear_sum(c, 4 * c)] == [32, 48, 128]
+    assert not joins_linear_sum(32, 96)
     assert convolves_with_relu(torch.empty(4, 4, 16, 32, dtype=torch.half))
     for shape, dtype in (((4, 4, 16, 32), torch.float32), ((4, 4, 16, 24), torch.half),
                          ((4, 4, 12, 32), torch.half), ((4, 4, 16, 8), torch.half)):
@@ -174,6 +208,14 @@ def test_errors_name_the_argument():
         mixer_end(*wide(inputs), backend='triton')
     with pytest.raises(ValueError, match='unknown backend'):
         mixer_end(*inputs, backend='cuda')
+    inputs = sum_inputs(1, 2, 2, 32, 64, torch.float16)
+    with pytest.raises(ValueError, match=r'linear_sum: residual must be \(1, 2, 2, 32\)'):
+        linear_sum(**dict(inputs, residual=inputs['residual'][..., 1:]), norm_dtype=torch.half)
+    with pytest.raises(ValueError, match='linear maps must be in the dtype of x'):
+        linear_sum(**dict(inputs, next_weight=inputs['residual'][0, 0]), norm_dtype=torch.half)
+    with pytest.raises(ValueError, match='half precision and few channels'):
+        linear_sum(**sum_inputs(1, 2, 2, 32, 32, torch.float16), norm_dtype=torch.half,
+                   backend='triton')
     x = randn(1, 2, 2, 16)
     with pytest.raises(ValueError, match=r'layer_norm_pair: next_bias must be \(16,\)'):
         layer_norm_pair(x, x[0, 0, 0], x[0, 0, 0], 1e-5, x[0, 0, 0], x[0, 0, 0, 1:], 1e-5)
@@ -209,7 +251,7 @@ def test_the_others_compile_without_spills(monkeypatch, arch):
     from mmgroupmamba.ops import inference_triton_kernels
 
     launches = []
-    for name in ('norm_pair_kernel', 'squares_kernel', 'conv_relu_kernel'):
+    for name in ('linear_sum_kernel', 'norm_pair_kernel', 'squares_kernel', 'conv_relu_kernel'):
         kernel = getattr(inference_triton_kernels, name)
         monkeypatch.setattr(inference_triton_kernels, name, Recorder(kernel, launches))
     half = torch.bfloat16
@@ -222,7 +264,13 @@ def test_the_others_compile_without_spills(monkeypatch, arch):
         inference_triton.CONV_RELU(torch.empty(1, 8, 8, 16, dtype=half),
                                    torch.empty(4, 4, 16, out, dtype=half),
                                    torch.empty(out, dtype=half), 2)
-    assert len(launches) == 6
+    for c in (64, 96, 128):
+        inputs = sum_inputs(1, 8, 8, c, 8 * c, half)
+        inputs = inputs | dict(next_weight=inputs.pop('next_weight'))
+        for norm_dtype, following in ((half, inputs['next_weight']), (torch.float32, None)):
+            *tensors, eps, _ = inputs.values()
+            inference_triton.LINEAR_SUM(*tensors, eps, norm_dtype, following)
+    assert len(launches) == 12
     for kernel, arguments in launches:
         registers, spilled = compile_launch(kernel, arguments, arch)
         print(f'{kernel.__name__} on sm_{arch}: {registers} registers')
@@ -230,7 +278,7 @@ def test_the_others_compile_without_spills(monkeypatch, arch):
 
 
 ARCH = dict(stem_hidden_dim=16, embed_dims=(32, 48, 84, 144), depths=(2, 1, 1, 1),
-            mlp_ratios=(2, 2, 2, 2))
+            mlp_ratios=(2, 4, 2, 2))
 
 
 def folded(monkeypatch, dtype=None, **options):
@@ -259,18 +307,21 @@ def test_folded_model_joins_steps(monkeypatch):
     assert isinstance(copy.stages[0].embed.convs[0], FirstConv)
     exact = GroupMamba(ARCH, scan_backend='reference').to(DEVICE).double().eval()
     exact.load_state_dict(model.state_dict())
-    ends = []
+    ends, sums = [], []
     monkeypatch.setattr(layers, 'mixer_end', lambda *args: ends.append(1) or mixer_end(*args))
+    monkeypatch.setattr(layers, 'linear_sum',
+                        lambda *args: sums.append(args[-2] is not None) or linear_sum(*args))
     with torch.no_grad():
         wants = exact(images[0].double())
         with torch.autocast(DEVICE, torch.float16):
             plain = model(images[0])
-            assert not ends
+            assert not ends and not sums
             for image in images:
                 for got, of_plain, want in zip(copy(image), plain, wants):
                     assert got.dtype == of_plain.dtype and got.shape == want.shape
                     assert relative(got, want) < 1.2 * relative(of_plain, want)
     assert len(ends) == 2 * 4
+    assert sums == [True, False, False] * 2  # into the second block, out of two stages
 
 
 @runs
@@ -285,7 +336,9 @@ def test_folded_in_float32_joins_norms_alone(monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize('name', ['stages.0.blocks.0.mixer.proj', 'stages.0.blocks.1.mixer.ssm'])
+@pytest.mark.parametrize('name', ['stages.0.blocks.0.mixer.proj', 'stages.0.blocks.1.mixer.ssm',
+                                  'stages.0.blocks.0.ffn.fc2', 'stages.0.blocks.0.ffn',
+                                  'stages.0.blocks.1.mixer.ssm.joint_proj'])
 def test_hooks_have_their_say(monkeypatch, name):
     _, copy, (image, _) = folded(monkeypatch, torch.float16, out_indices=(0, ))
     seen = []
@@ -307,3 +360,20 @@ def test_folded_twice_is_once(monkeypatch):
             fuse(copy, torch.float16)
         for got, of in zip(copy(image), want):
             assert torch.equal(got, of)
+
+
+@runs
+def test_operators_are_what_torch_library_is_told():
+    *maps, weights = end_inputs(1, 2, 2, 8, torch.float16)
+    check_operator(inference_triton.MIXER_END.op, *maps, *weights, autograd=False)
+    inputs = sum_inputs(1, 2, 2, 32, 64, torch.float16)
+    *tensors, eps, following = inputs.values()
+    for then in (following, None):
+        check_operator(inference_triton.LINEAR_SUM.op, *tensors, eps, torch.float16, then,
+                       autograd=False)
+    x, w = randn(1, 2, 2, 16), randn(16)
+    check_operator(inference_triton.NORM_PAIR.op, x, None, w, w, w, w, 1e-5, 1e-5, torch.float32,
+                   torch.float16, None, autograd=False)
+    check_operator(inference_triton.SQUARES.op, randn(1, 3, 5, 4), torch.float16, autograd=False)
+    check_operator(inference_triton.CONV_RELU.op, x.half(), randn(3, 3, 16, 16).half(), w.half(),
+                   1, autograd=False)
