@@ -237,9 +237,9 @@ class _ConvLinear(torch.autograd.Function):
                 dweight.to(of_weight), dbias.to(of_bias), None)
 
 
-def _counted(channels: int, groups: int, real: Optional[int]) -> tuple[int, int]:
-    """Of every how many channels how many count."""
-    return (channels, channels) if real is None else (channels // groups, real)
+def _counted(channels: int, groups: int, real: Optional[int]) -> dict[str, int]:
+    """Of every how many channels how many count, compiled in; 0 of 0 are all."""
+    return dict(WIDTH=0, REAL=0) if real is None else dict(WIDTH=channels // groups, REAL=real)
 
 
 def gated_layer_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -262,8 +262,8 @@ def _gate_forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: fl
     tile, blocks, _ = norm_sizes(tokens, dim)
     out = _contiguous_like(gate)
     launch(_kernels().gate_forward_kernel, blocks * groups, (y, gate, weight, bias, out),
-           (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN,
-            *_counted(dim, 1, real), float(eps)), **tile._asdict(), num_warps=_FORWARD_WARPS)
+           (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, float(eps)),
+           **_counted(dim, 1, real), **tile._asdict(), num_warps=_FORWARD_WARPS)
     return out
 
 
@@ -291,9 +291,8 @@ def gate_backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: T
     sums = y.new_empty(parts, 2, groups, dim, dtype=torch.float32)
     launch(_kernels().gate_backward_kernel, parts * groups,
            (grad.contiguous(), y, gate, weight, bias, dy, dgate, sums),
-           (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together,
-            *_counted(dim, 1, real), float(eps)),
-           PITCHED=not dgate.is_contiguous(), **tile._asdict())
+           (tokens, groups, dim // tile.ALIGN, _pitch(gate) // tile.ALIGN, together, float(eps)),
+           PITCHED=not dgate.is_contiguous(), **_counted(dim, 1, real), **tile._asdict())
     return dy, sums.sum(0)
 
 
@@ -353,8 +352,8 @@ def _launch_norm(x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Te
     tile, blocks, _ = norm_sizes(tokens, dim)
     launch(_kernels().norm_forward_kernel, blocks,
            (x, residual, offset, weight, bias, total, out),
-           (tokens, dim // tile.ALIGN, *_counted(dim, GROUPS, real), float(eps)), **tile._asdict(),
-           num_warps=_FORWARD_WARPS)
+           (tokens, dim // tile.ALIGN, float(eps)), **_counted(dim, GROUPS, real),
+           **tile._asdict(), num_warps=_FORWARD_WARPS)
 
 
 def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, weight: Tensor,
@@ -385,9 +384,8 @@ def norm_backward(grad_total: Optional[Tensor], grad: Tensor, total: Tensor, wei
         grad_total = grad_total.contiguous()
     launch(_kernels().norm_backward_kernel, parts,
            (grad_total, grad.contiguous(), total, weight, shift, keep, dx, branch, sums),
-           (tokens, dim // tile.ALIGN, together, tokens // len(total),
-            *_counted(dim, GROUPS, real), float(eps)),
-           **tile._asdict())
+           (tokens, dim // tile.ALIGN, together, tokens // len(total), float(eps)),
+           **_counted(dim, GROUPS, real), **tile._asdict())
     return dx, sums.sum(0)
 
 
@@ -499,9 +497,8 @@ def _modulate_forward(y: Tensor, x: Tensor, factor: Tensor, weight: Tensor, bias
     tile, tokens, tiles, _ = _image_sizes(x)
     out = torch.empty_like(y, dtype=norm_dtype)
     launch(_kernels().modulate_forward_kernel, len(x) * tiles, (y, x, factor, weight, bias, out),
-           (tokens, x.shape[-1] // tile.ALIGN, tiles, *_counted(x.shape[-1], GROUPS, real),
-            float(eps)),
-           **tile._asdict(), num_warps=_FORWARD_WARPS)
+           (tokens, x.shape[-1] // tile.ALIGN, tiles, float(eps)),
+           **_counted(x.shape[-1], GROUPS, real), **tile._asdict(), num_warps=_FORWARD_WARPS)
     return out
 
 
@@ -528,8 +525,8 @@ def modulate_backward(grad: Tensor, y: Tensor, x: Tensor, factor: Tensor, weight
     partial = x.new_empty(len(x), parts, 3, x.shape[-1], dtype=torch.float32)
     launch(_kernels().modulate_backward_kernel, len(x) * parts,
            (grad.contiguous(), y, x, factor, weight, dy, dx, partial),
-           (tokens, x.shape[-1] // tile.ALIGN, parts, together,
-            *_counted(x.shape[-1], GROUPS, real), float(eps)), **tile._asdict())
+           (tokens, x.shape[-1] // tile.ALIGN, parts, together, float(eps)),
+           **_counted(x.shape[-1], GROUPS, real), **tile._asdict())
     torch.sum(partial, 1, out=sums)
     return dy, dx
 
@@ -574,10 +571,11 @@ def channel_affinity(x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: T
 @lru_cache(maxsize=1024)
 def sum_sizes(batch: int, tokens: int, dim: int) -> tuple[NormTile, int, int]:
     """Tile of the sum over an image's tokens, its parts, and how many tiles each part sums."""
-    block = _block(dim)
+    block = min(_block(dim), 128)
     tile = NormTile(_align(dim, 8), max(4096 // block, 1), block)
     tiles = -(-tokens // tile.ROWS)
-    together = -(-tiles // min(max(_PROGRAMS // batch, 1), _IMAGE_PARTS))
+    programs = batch * -(-dim // block)
+    together = -(-tiles // min(max(_PROGRAMS // programs, 1), _IMAGE_PARTS))
     return tile, -(-tiles // together), together
 
 
@@ -606,7 +604,7 @@ def affinity_forward(x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: T
     hidden, area = len(squeeze), height * width
     tile, parts, together = sum_sizes(batch, area, channels)
     sums = x.new_empty(batch, parts, channels, dtype=torch.float32)
-    launch(_kernels().sum_kernel, batch * parts, (x, sums),
+    launch(_kernels().sum_kernel, batch * parts * -(-channels // tile.BLOCK), (x, sums),
            (area, channels // tile.ALIGN, parts, together), **tile._asdict())
     squeezed = x.new_empty(batch, hidden, dtype=torch.float32)
     factor, mean, affinity = (x.new_empty(batch, channels, dtype=torch.float32) for _ in range(3))

@@ -13,7 +13,7 @@ from .scan_triton_kernels import _reciprocal, _sigmoid
 
 # no recompilation when these become 1 or a multiple of 16
 RUNTIME = ['batch', 'height', 'width', 'rows', 'units', 'tokens', 'groups', 'blocks', 'tiles',
-           'parts', 'area', 'real', 'pitch', 'channels', 'hidden']
+           'parts', 'area', 'pitch', 'channels', 'hidden']
 
 
 @triton.jit
@@ -325,10 +325,15 @@ def _share(dim):
 
 
 @triton.jit
-def _counted(dim, width, real, BLOCK: tl.constexpr):
-    """Which channels count, (1, BLOCK): of every `width` the first `real`, the others are zero."""
+def _counted(dim, WIDTH: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Which channels count, (1, BLOCK), and 1 / their number: of every WIDTH the first REAL, the
+    others are zero; all, if WIDTH is 0."""
     column = tl.arange(0, BLOCK)[None, :]
-    return (column < dim) & (column % width < real), _share(dim // width * real)
+    counted = column < dim
+    if WIDTH > 0:
+        counted &= column % WIDTH < REAL
+        dim = dim // WIDTH * REAL
+    return counted, _share(dim)
 
 
 @triton.jit
@@ -376,12 +381,13 @@ def _affine(weight, bias, group, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, pitch, width, real, eps,
-                        ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, pitch, eps,
+                        WIDTH: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr,
+                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A program is ROWS tokens of a group; the groups of a token run side by side. Tokens of the
     gate are pitch * ALIGN apart."""
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     group = tl.program_id(0) % groups
     at, inside = _rows(tl.program_id(0) // groups, group, tokens, groups, dim, ROWS, BLOCK)
     w, b, _, _ = _affine(weight, bias, group, dim, BLOCK)
@@ -394,12 +400,13 @@ def gate_forward_kernel(y, gate, weight, bias, out, tokens, groups, units, pitch
 
 @triton.jit(do_not_specialize=RUNTIME)
 def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, groups, units,
-                         pitch, blocks, width, real, eps, PITCHED: tl.constexpr,
-                         ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                         pitch, blocks, eps, PITCHED: tl.constexpr, WIDTH: tl.constexpr,
+                         REAL: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+                         BLOCK: tl.constexpr):
     """dy and dgate; the sums for weight and bias over `blocks` tiles: (program, 2, channel).
     PITCHED, the tokens of dgate are as far apart as those of the gate."""
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     group = tl.program_id(0) % groups
     part = tl.program_id(0) // groups
     w, b, column, known = _affine(weight, bias, group, dim, BLOCK)
@@ -428,12 +435,13 @@ def gate_backward_kernel(grad, y, gate, weight, bias, dy, dgate, sums, tokens, g
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def norm_forward_kernel(x, residual, offset, weight, bias, total, out, tokens, units, width, real,
-                        eps, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def norm_forward_kernel(x, residual, offset, weight, bias, total, out, tokens, units, eps,
+                        WIDTH: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr,
+                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The LayerNorm of x, to which `offset` is added where there is one, one a channel, or of
     x + residual, which is rounded and stored; a program is ROWS tokens."""
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     at, inside = _rows(tl.program_id(0), 0, tokens, 1, dim, ROWS, BLOCK)
     w, b, column, known = _affine(weight, bias, 0, dim, BLOCK)
     value = tl.load(x + at, inside, other=0.).to(tl.float32)
@@ -450,7 +458,7 @@ def norm_forward_kernel(x, residual, offset, weight, bias, total, out, tokens, u
 
 @triton.jit(do_not_specialize=RUNTIME)
 def norm_backward_kernel(grad_total, grad, total, weight, shift, keep, dx, branch, sums, tokens,
-                         units, blocks, area, width, real, eps,
+                         units, blocks, area, eps, WIDTH: tl.constexpr, REAL: tl.constexpr,
                          ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of what was normed; those of weight and bias summed as in
     gate_backward_kernel. An image is `area` tokens.
@@ -461,7 +469,7 @@ def norm_backward_kernel(grad_total, grad, total, weight, shift, keep, dx, branc
     """
     SUMS: tl.constexpr = 2 if branch is None else 3
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     part = tl.program_id(0)
     w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -507,12 +515,12 @@ def _image_rows(block, image, tokens, dim, ROWS: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=RUNTIME)
 def modulate_forward_kernel(y, x, factor, weight, bias, out, tokens, units, tiles,
-                            width, real, eps,
-                            ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                            eps, WIDTH: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr,
+                            ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The LayerNorm of y * x * factor, one factor an image and channel; a program is ROWS tokens
     of an image, which has `tiles` of them."""
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     image = tl.program_id(0) // tiles
     at, inside = _image_rows(tl.program_id(0) % tiles, image, tokens, dim, ROWS, BLOCK)
     w, b, column, known = _affine(weight, bias, 0, dim, BLOCK)
@@ -525,12 +533,12 @@ def modulate_forward_kernel(y, x, factor, weight, bias, out, tokens, units, tile
 
 @triton.jit(do_not_specialize=RUNTIME)
 def modulate_backward_kernel(grad, y, x, factor, weight, dy, dx, sums, tokens, units, parts,
-                             blocks, width, real, eps,
+                             blocks, eps, WIDTH: tl.constexpr, REAL: tl.constexpr,
                              ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """dy and dx; the sums for weight, bias and factor over `blocks` tiles of an image, which has
     `parts` of them: (image, part, 3, channel)."""
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     image = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     w, _, column, known = _affine(weight, weight, 0, dim, BLOCK)
@@ -568,18 +576,22 @@ def _matrix(weight, row, column, across, down, inside):
 def sum_kernel(x, sums, tokens, units, parts, blocks,
                ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Sums over `blocks` tiles of an image's tokens, of which it has `parts`: (image, part,
-    channel)."""
+    channel); of BLOCK channels a program."""
     dim = units * ALIGN
-    image = tl.program_id(0) // parts
-    block = tl.program_id(0) % parts * blocks
-    column = tl.arange(0, BLOCK)[None, :]
+    across = tl.cdiv(dim, BLOCK)
+    first = tl.program_id(0) % across * BLOCK
+    column = first + tl.arange(0, BLOCK)[None, :]
+    part = tl.program_id(0) // across
+    block = part % parts * blocks
+    image = part // parts
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     end = block + blocks
     while block < end:
-        at, inside = _image_rows(block, image, tokens, dim, ROWS, BLOCK)
-        total += tl.load(x + at, inside, other=0.).to(tl.float32)
+        token = block * ROWS + tl.arange(0, ROWS)[:, None]
+        at = (image.to(tl.int64) * tokens + token) * dim + column
+        total += tl.load(x + at, (token < tokens) & (column < dim), other=0.).to(tl.float32)
         block += 1
-    tl.store(sums + tl.program_id(0) * dim + column, tl.sum(total, 0)[None, :], column < dim)
+    tl.store(sums + part * dim + column, tl.sum(total, 0)[None, :], column < dim)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

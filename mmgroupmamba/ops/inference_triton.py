@@ -119,7 +119,7 @@ def _norm_pair(x: Tensor, offset: Optional[Tensor], weight: Tensor, bias: Tensor
                for t in (offset, weight, bias, next_weight, next_bias))
     launch(_kernels().norm_pair_kernel, -(-tokens // rows),
            (x.contiguous(), *weights, first, second),
-           (tokens, dim // align, *_counted(dim, _GROUPS, real), float(eps), float(next_eps)),
+           (tokens, dim // align, float(eps), float(next_eps)), **_counted(dim, _GROUPS, real),
            ALIGN=align, ROWS=rows, BLOCK=block,
            # those with which the compiler keeps a row where it was loaded
            num_warps={64: 4, 128: 8}.get(block, 2))

@@ -135,13 +135,13 @@ def linear_sum_kernel(
         tl.store(out + token * OUT + first + column, part.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=['tokens', 'units', 'width', 'real'])
+@triton.jit(do_not_specialize=['tokens', 'units'])
 def norm_pair_kernel(x, offset, weight, bias, next_weight, next_bias, first, second, tokens, units,
-                     width, real, eps, next_eps,
-                     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                     eps, next_eps, WIDTH: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The LayerNorm of x + offset, which is rounded and stored, and its own."""
     dim = units * ALIGN
-    counted, share = _counted(dim, width, real, BLOCK)
+    counted, share = _counted(dim, WIDTH, REAL, BLOCK)
     at, inside = _rows(tl.program_id(0), 0, tokens, 1, dim, ROWS, BLOCK)
     w, b, column, known = _affine(weight, bias, 0, dim, BLOCK)
     value = tl.load(x + at, inside, other=0.).to(tl.float32)

@@ -558,7 +558,7 @@ def test_channel_affinity_is_the_module():
 
 @runs
 @pytest.mark.parametrize('shape, hidden', [
-    ((3, 1, 1, 20), 1), ((1, 5, 13, 37), 8), ((2, 9, 15, 65), 11),
+    ((3, 1, 1, 20), 1), ((1, 5, 13, 37), 8), ((2, 9, 15, 65), 11), ((2, 5, 9, 200), 3),
 ])
 def test_affinity_of_any_size(monkeypatch, shape, hidden):
     """Several tiles a part, several parts an image, more parts than are summed at once."""
@@ -593,9 +593,9 @@ def test_what_is_changed_inside_has_its_say():
 
         def compiled(x):
             torch.compiler.reset()
-            return torch.compile(mixer._factor, fullgraph=True, backend='aot_eager')(x)
+            return torch.compile(mixer.factor, fullgraph=True, backend='aot_eager')(x)
 
-        plain = mixer._factor(x)
+        plain = mixer.factor(x)
         assert torch.equal(compiled(x), plain)
 
         class Louder(nn.Linear):
@@ -604,7 +604,7 @@ def test_what_is_changed_inside_has_its_say():
                 return super().forward(x) + 1
 
         mixer.affinity.fc2 = Louder(1, 16).to(DEVICE)
-        for factor in (mixer._factor(x), compiled(x)):
+        for factor in (mixer.factor(x), compiled(x)):
             assert relative(factor, mixer.skip_scale * mixer.affinity(x)) < 1e-6
             assert (factor > plain).all()
 
