@@ -609,6 +609,30 @@ def test_what_is_changed_inside_has_its_say():
             assert (factor > plain).all()
 
 
+@runs
+@pytest.mark.parametrize('operator, inputs, options', [
+    ('gated_layer_norm', gate_inputs(2, 5, 4, 4, 70), {}),
+    ('add_layer_norm', norm_inputs(2, 5, 4, 130), dict(eps=1e-6)),
+    ('layer_norm', plain_norm_inputs(2, 5, 4, 130), {}),
+    ('modulate_layer_norm', modulate_inputs(2, 5, 4, 130), {}),
+])
+def test_tiles_of_many_tokens(monkeypatch, operator, inputs, options):
+    """Forward they are larger where a launch has many of them."""
+    monkeypatch.setattr(around_scan_triton, '_PROGRAMS', 0)
+    monkeypatch.setattr(around_scan_triton, '_PARTS', 1)
+    check(operator, inputs, torch.float32, **options)
+
+
+def test_sizes_of_norms():
+    def rows(*args, **options):
+        return around_scan_triton.norm_sizes(*args, **options)[0].ROWS
+
+    for dim, few in ((64, 16), (128, 8), (348, 2)):
+        assert rows(196, dim) == rows(196, dim, forward=True) == rows(2**20, dim) == few
+        many = few if dim == 64 else 2 * few
+        assert rows(2**20, dim, forward=True) == rows(196, dim, 128, forward=True) == many
+
+
 def test_sizes_of_a_sum():
     for batch, tokens, dim in ((128, 3136, 64), (128, 49, 448), (1, 200_704, 64), (1, 1, 348)):
         tile, parts, together = around_scan_triton.sum_sizes(batch, tokens, dim)
