@@ -377,3 +377,12 @@ def test_operators_are_what_torch_library_is_told():
     check_operator(inference_triton.SQUARES.op, randn(1, 3, 5, 4), torch.float16, autograd=False)
     check_operator(inference_triton.CONV_RELU.op, x.half(), randn(3, 3, 16, 16).half(), w.half(),
                    1, autograd=False)
+
+
+@runs
+def test_folded_model_is_one_graph(monkeypatch):
+    _, copy, (image, _) = folded(monkeypatch, torch.float16, out_indices=(0, ))
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        want, = copy(image)
+        got, = torch.compile(copy, fullgraph=True, backend='aot_eager')(image)
+    assert torch.equal(got, want)
