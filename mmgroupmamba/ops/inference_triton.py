@@ -19,11 +19,8 @@ from .scan_triton import why_not as why_not  # the same Triton, the same devices
 
 _GROUPS = len(DIRECTIONS)
 _WIDEST = 128  # channels of a tile: both weights and the tile are a multiprocessor's at once
-_VALUES = 2**12  # of a tile
-# of a thread, with up to 64 channels: four programs run at once, which is worth some values in
-# local memory (132 us instead of 145 for 56 x 56 x 64, batch 128, H200)
-_REGISTERS = 128
-_ROWS, _STEP = 64, 64  # tokens of a tile, and channels that are added up at once
+_ROWS, _VALUES = 64, 2**12  # tokens and values of a tile, at most
+_STEP = 64  # channels that are added up at once
 _SQUARES = 128  # of a program
 _OUTPUTS = 2**13  # of a program of the convolution
 
@@ -53,18 +50,16 @@ def _mixer_end(y: Tensor, gate: Tensor, x: Tensor, factor: Tensor, residual: Ten
     batch, height, width, channels = x.shape
     dim, tokens = channels // _GROUPS, height * width
     block = _group_block(dim)
-    rows = min(_VALUES // (_GROUPS * block), 64)
+    rows = min(_VALUES // (_GROUPS * block), _ROWS)
     tiles = -(-tokens // rows)
-    options = dict(num_warps=8)
-    if _GROUPS * block <= _WIDEST // 2:
-        options = dict(num_warps=4, maxnreg=_REGISTERS)
     contiguous = (t.contiguous() for t in (
         x, factor, residual, group_weight, group_bias, out_proj, norm_weight, norm_bias, proj,
         proj_bias, next_weight, next_bias))
     launch(_kernels().mixer_end_kernel, batch * tiles,
            (y.contiguous(), gate, *contiguous, total, normed),
            (tokens, tiles, float(group_eps), float(norm_eps), float(next_eps)),
-           DIM=dim, PITCH=_pitch(gate), D=block, ROWS=rows, **options)
+           DIM=dim, PITCH=_pitch(gate), D=block, ROWS=rows,
+           num_warps=4 if rows == _ROWS else 8)
     return total, normed
 
 

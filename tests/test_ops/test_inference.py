@@ -230,7 +230,7 @@ def test_errors_name_the_argument():
 @compiles
 @pytest.mark.parametrize('arch', [80, 90])
 @pytest.mark.parametrize('dim', [16, 24, 32])
-def test_mixer_end_compiles(monkeypatch, arch, dim):
+def test_mixer_end_compiles_without_spills(monkeypatch, arch, dim):
     from mmgroupmamba.ops import inference_triton_kernels
 
     launches = []
@@ -240,9 +240,8 @@ def test_mixer_end_compiles(monkeypatch, arch, dim):
                                *end_inputs(1, 8, 8, dim, torch.bfloat16)[5])
     (kernel, arguments), = launches
     registers, spilled = compile_launch(kernel, arguments, arch)
-    print(f'sm_{arch}: {registers} registers, {spilled} bytes spilled')
-    # up to 64 channels, fewer registers than it would take: see inference_triton
-    assert spilled <= (512 if dim == 16 else 0)
+    print(f'sm_{arch}: {registers} registers')
+    assert spilled == 0
 
 
 @compiles

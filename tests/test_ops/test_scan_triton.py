@@ -405,7 +405,7 @@ def compile_launch(kernel, arguments, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = dict(num_warps=arguments.get('num_warps', 4), maxnreg=arguments.get('maxnreg'))
+    options = dict(num_warps=arguments.get('num_warps', 4))
     compiled = triton.compile(ASTSource(kernel, *specialise(kernel, arguments)),
                               target=GPUTarget('cuda', arch, 32), options=options)
     ptx = compiled.asm['ptx']
