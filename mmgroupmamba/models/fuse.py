@@ -44,9 +44,10 @@ def fuse(model: nn.Module, autocast_dtype: Optional[torch.dtype] = None) -> nn.M
       convolutions with bias and ReLU, where cuDNN has them as one;
     - on CUDA, where norms are kernels, the bias of the convolution before a stage into its norm,
       which PyTorch would add in a pass of its own, and steps behind one another into one kernel
-      (:mod:`~.joined`): a stage's first two norms; in half precision, the stem's first convolution
-      with its ReLU, and all that up to 128 channels go through between the scan and the
-      feed-forward;
+      (:mod:`~.joined`): in half precision the stem's first convolution with its ReLU; with all
+      fused ops a stage's first two norms and, in half precision, all that up to 128 channels go
+      through between the scan and the feed-forward, and a feed-forward's last map with the sum,
+      the norm and the map behind it;
     - on CUDA, the linear maps of the four groups into one with a block-diagonal matrix;
     - on CUDA, stages whose rows are no multiple of 16 bytes in half precision get zero channels
       (:func:`pad_channels`).

@@ -16,7 +16,17 @@ from mmgroupmamba.checkpoint import load_backbone
 from mmgroupmamba.ops import check_backend, check_fused_ops
 from mmgroupmamba.registry import MODELS
 
-from .layers import GROUPS, Block, Downsample, LayerNorm, Pending, Stem, init_weights, is_plain
+from .layers import (
+    GROUPS,
+    Block,
+    Downsample,
+    LayerNorm,
+    Pending,
+    Stem,
+    init_weights,
+    is_plain,
+    norm_twice,
+)
 
 MIN_SIZE = 32
 
@@ -83,6 +93,7 @@ class Stage(nn.Module):
     Attributes:
         crop: Takes padding channels from the map for whoever is outside the backbone; see
             :func:`~.fuse.pad_channels`.
+        joins_norms: Whether the first two norms are one in inference; see ``models/joined.py``.
     """
 
     def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module) -> None:
@@ -91,25 +102,29 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.crop = nn.Identity()
+        self.joins_norms = False
 
     def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
         recompute = with_cp and torch.is_grad_enabled()
         # the stream and, where sums go with the next norm, what is left to be added to it
-        maps = (self.embed(x), )
+        maps = norm_twice(self.embed, self.blocks[0], x) if self.joins_norms else None
+        if maps is None:
+            maps = (self.embed(x), )
         for block in self.blocks:
+            if isinstance(maps[-1], Pending) and not is_plain(block, {Block}):
+                maps = maps[0], maps[1].settle()
             maps = checkpoint(block, *maps, use_reentrant=False) if recompute else block(*maps)
             if isinstance(maps, Tensor):
                 maps = (maps, )
         if len(maps) == 1:
             return self.norm(maps[0])
         x, branch = maps
+        plain = isinstance(self.norm, LayerNorm) and is_plain(self.norm)
         if isinstance(branch, Pending):
-            if isinstance(self.norm, LayerNorm) and is_plain(self.norm):
+            if plain:
                 return branch.sum_and_norm(x, self.norm)[1]
             branch = branch.settle()
-        if isinstance(self.norm, LayerNorm) and is_plain(self.norm):
-            return self.norm.of_sum(branch, x)[1]
-        return self.norm(x + branch)
+        return self.norm.of_sum(branch, x)[1] if plain else self.norm(x + branch)
 
 
 @MODELS.register_module()

@@ -1,6 +1,7 @@
-"""Modules of a backbone that is folded for inference on a GPU: several steps in one kernel.
+"""For inference on a GPU: which steps of a backbone are one kernel.
 
-Each computes as the plain modules it stands for, in their place or beside them.
+Each computes as the plain modules it stands for, which stay where they are and have their say where
+they are replaced or hooked.
 """
 from typing import Optional
 
@@ -15,12 +16,11 @@ from mmgroupmamba.ops import (
     image_squares,
     joins_linear_sum,
     joins_mixer_end,
-    layer_norm_pair,
     linear_dtype,
 )
 
 from .groupmamba import GroupMamba
-from .layers import Block, Downsample, LayerNorm, Stem, is_plain
+from .layers import Block, ConvFFN, LayerNorm, Stem, is_plain
 
 
 class FirstConv(nn.Module):
@@ -33,54 +33,40 @@ class FirstConv(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        squares = image_squares(x, self.weight.dtype, 'triton')
-        return conv_relu(squares, self.weight, self.bias, 2, 'triton').permute(0, 3, 1, 2)
-
-
-class NormPair(nn.Module):
-    """A stage's first norm and its first layer's: (B, H, W, C) -> both norms."""
-
-    def __init__(self, first: LayerNorm, second: LayerNorm) -> None:
-        super().__init__()
-        self.first = first
-        self.second = second
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = self.first, self.second
-        if torch.is_grad_enabled() or not (is_plain(first) and is_plain(second)):
-            x = first(x)
-            return x, second(x)
-        return layer_norm_pair(x, first.weight, first.bias, first.eps, second.weight, second.bias,
-                               second.eps, None, linear_dtype(x), first.real, first.offset,
-                               'triton')
+        weight, bias, dtype = self.weight, self.bias, linear_dtype(x)
+        if torch.is_autocast_enabled(x.device.type):  # which may be another than was said
+            weight, bias = weight.to(dtype), bias.to(dtype)
+        learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        backend = 'torch' if learns or not convolves_with_relu(weight) else 'triton'
+        squares = image_squares(x, dtype, backend)
+        return conv_relu(squares, weight, bias, 2, backend).permute(0, 3, 1, 2)
 
 
 def join(part: nn.Module, dtype: Optional[torch.dtype]) -> None:
-    """Put such modules into a part of a model, where its norms are kernels; again, nothing more.
+    """Have a part of a model take steps at once where its norms are kernels; again, nothing less.
 
     Args:
         part: On a GPU, padded and with its groups' linear maps joined (``models/fuse.py``).
         dtype: In which the linear maps and convolutions will be; None means that they stay.
     """
+    half = dtype is not None and dtype.itemsize == 2
     for stem in [m for m in part.modules() if isinstance(m, Stem)]:
-        _join_first_conv(stem, dtype)
+        if half and getattr(stem.norm, 'backend', '') == 'triton':
+            _join_first_conv(stem, dtype)
     for block in [m for m in part.modules() if isinstance(m, Block)]:
-        channels = len(block.norm.weight)
-        block.joins_end = (block.all_fused and dtype is not None and dtype.itemsize == 2
-                           and block.norm.real is None and joins_mixer_end(channels))
-        block.joins_sum = block.joins_end and joins_linear_sum(
-            channels, block.ffn.fc2.in_features)
+        if (half and block.all_fused and type(block.norm) is LayerNorm and block.norm.real is None
+                and type(block.ffn) is ConvFFN):
+            channels = len(block.norm.weight)
+            block.joins_end |= joins_mixer_end(channels)
+            block.joins_sum |= block.joins_end and joins_linear_sum(
+                channels, block.ffn.fc2.in_features)
     for stage in part.stages if isinstance(part, GroupMamba) else ():
-        embed, block = stage.embed, stage.blocks[0]
-        if (type(embed) in (Stem, Downsample) and type(block) is Block and block.all_fused
-                and is_plain(embed.norm) and is_plain(block.mixer.norm)):
-            block.door = NormPair(embed.norm, block.mixer.norm)
-            embed.norm = nn.Identity()
+        block = stage.blocks[0]
+        stage.joins_norms |= (type(block) is Block and block.all_fused
+                              and getattr(stage.embed.norm, 'backend', '') == 'triton')
 
 
-def _join_first_conv(stem: Stem, dtype: Optional[torch.dtype]) -> None:
-    if dtype is None or dtype.itemsize != 2 or getattr(stem.norm, 'backend', '') != 'triton':
-        return
+def _join_first_conv(stem: Stem, dtype: torch.dtype) -> None:
     conv, norm, relu, *_ = stem.convs
     if not (type(conv) is nn.Conv2d and isinstance(norm, nn.Identity) and type(relu) is nn.ReLU
             and conv.weight.shape[1:] == (3, 7, 7) and is_plain(conv, {nn.Conv2d})):

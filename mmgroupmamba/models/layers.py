@@ -37,6 +37,7 @@ from mmgroupmamba.ops import (
     grouped_linear,
     infers_on_cpu,
     layer_norm,
+    layer_norm_pair,
     linear_dtype,
     linear_sum,
     mixer_end,
@@ -334,20 +335,25 @@ class Pending(NamedTuple):
     def settle(self) -> Tensor:
         return self.linear(self.hidden)
 
-    def sum_and_norm(self, residual: Tensor, norm: LayerNorm, behind: Optional[nn.Linear] = None
+    def sum_and_norm(self, residual: Tensor, norm: LayerNorm, behind: Optional[nn.Module] = None
                      ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
         """The stream (B, H, W, C), its norm, and the linear map behind it, if there is one, all in
-        one kernel where the modules are plain."""
-        linear = self.linear
-        if not is_plain(linear) or not is_plain(norm):
+        one kernel where the modules are plain and in one dtype."""
+        linear, dtype = self.linear, self.hidden.dtype
+        if not (is_plain(linear) and is_plain(norm) and linear.weight.dtype == dtype):
             return *norm.of_sum(self.settle(), residual), None
-        if behind is not None and not (is_plain(behind, {nn.Linear}, without_bias=True)
-                                       and behind.bias is None):
+        if not (behind is not None and is_plain(behind, {nn.Linear}, without_bias=True)
+                and behind.bias is None and behind.weight.dtype == dtype):
             behind = None
-        dtype = linear_dtype(residual) if norm.before_linear else norm_dtype_of(residual)
+        norm_dtype = linear_dtype(residual) if norm.before_linear else norm_dtype_of(residual)
         return linear_sum(self.hidden, linear.weight, linear.bias, residual, norm.weight,
-                          norm.bias, norm.eps, dtype, None if behind is None else behind.weight,
-                          'triton')
+                          norm.bias, norm.eps, norm_dtype,
+                          None if behind is None else behind.weight, 'triton')
+
+
+class Normed(NamedTuple):
+    """What a block's first norm makes of its input, where that is known before it."""
+    value: Tensor
 
 
 class Block(nn.Module):
@@ -358,7 +364,7 @@ class Block(nn.Module):
     trains as one function, :func:`~mmgroupmamba.ops.training_block`.
 
     Attributes:
-        door, joins_end, joins_sum: Steps that are one in inference; see ``models/joined.py``.
+        joins_end, joins_sum: Steps that are one in inference; see ``models/joined.py``.
     """
 
     def __init__(self,
@@ -375,23 +381,23 @@ class Block(nn.Module):
         self.scan_backend = scan_backend
         self.ffn = ConvFFN(channels, int(channels * mlp_ratio), fused_ops)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.door: Optional[nn.Module] = None
         self.joins_end = self.joins_sum = False
 
-    def forward(self, x: Tensor, branch: Optional[Tensor] = None
-                ) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, branch: Union[Tensor, Pending, Normed, None] = None
+                ) -> Union[Tensor, tuple[Tensor, Union[Tensor, Pending]]]:
         if self.fused_sums:
             return self._fused(x, branch)
         x = x + self.drop_path(self.mixer(x))
         return x + self.drop_path(self.ffn(self.norm(x)))
 
-    def _fused(self, x: Tensor, branch: Union[Tensor, Pending, None]
+    def _fused(self, x: Tensor, branch: Union[Tensor, Pending, Normed, None]
                ) -> tuple[Tensor, Union[Tensor, Pending]]:
         """The same, each sum in one kernel with the norm that follows it.
 
         Args:
             x: The stream.
-            branch: What the block before this one left to be added to it, if there is one.
+            branch: What the block before this one left to be added to it, if there is one; or the
+                norm of x, where the stage knows it.
 
         Returns:
             The stream, and what is left to be added.
@@ -403,11 +409,13 @@ class Block(nn.Module):
                                       self.norm.eps)
         joint = None
         if isinstance(branch, Pending):
-            x, normed, joint = branch.sum_and_norm(x, self.mixer.norm, self.mixer.ssm.joint_proj)
+            ssm = self.mixer.ssm
+            behind = ssm.joint_proj if is_plain(self.mixer) and is_plain(ssm) else None
+            x, normed, joint = branch.sum_and_norm(x, self.mixer.norm, behind)
+        elif isinstance(branch, Normed):
+            normed = branch.value
         elif branch is not None:
             x, normed = self.mixer.norm.of_sum(branch, x)
-        elif self.door is not None:
-            x, normed = self.door(x)
         else:
             normed = self.mixer.norm(x)
         end = self._end(normed) if self.joins_end else None
@@ -417,17 +425,23 @@ class Block(nn.Module):
                                   'triton')
         else:
             x, normed = self.norm.of_sum(self.drop_path(self.mixer.modulate(normed)), x)
-        if self.joins_sum and end is not None and is_plain(self.ffn):
+        if self.joins_sum and end is not None and is_plain(self.ffn) and is_plain(self, {Block}):
             return x, Pending(self.ffn.hidden(normed), self.ffn.fc2)
         return x, self.drop_path(self.ffn(normed))
 
     def _end(self, normed: Tensor) -> Optional[MixerEnd]:
         """The weights of what is one step behind the scan in inference; None as :meth:`_weights`.
         """
-        mixer, ssm = self.mixer, self.mixer.ssm
-        modules = mixer, ssm, ssm.norm, mixer.norm, mixer.proj, self.norm
-        if (self.training or torch.is_grad_enabled() or not all(map(is_plain, modules))
+        mixer, drop_path = self.mixer, self.drop_path
+        if (self.training or drop_path.training and isinstance(drop_path, DropPath)
+                or torch.is_grad_enabled() or not is_plain(drop_path, {nn.Identity, DropPath})
+                or not is_plain(mixer) or not is_plain(mixer.ssm)):
+            return None
+        ssm = mixer.ssm
+        modules = ssm.norm, mixer.norm, mixer.proj, self.norm
+        if (not all(map(is_plain, modules))
                 or not is_plain(ssm.out_proj, {nn.Linear}, without_bias=True)
+                or normed.dtype.itemsize != 2
                 or not normed.dtype == ssm.out_proj.weight.dtype == mixer.proj.weight.dtype):
             return None
         return MixerEnd(
@@ -518,9 +532,12 @@ class Stem(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.before_norm(x))
+
+    def before_norm(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.proj(self.convs(x)).permute(0, 2, 3, 1))
+        return self.proj(self.convs(x)).permute(0, 2, 3, 1)
 
 
 class Downsample(nn.Module):
@@ -532,7 +549,26 @@ class Downsample(nn.Module):
         self.norm = LayerNorm(channels, fused_ops=fused_ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
+        return self.norm(self.before_norm(x))
+
+    def before_norm(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def norm_twice(embed: nn.Module, block: nn.Module, x: Tensor) -> Optional[tuple[Tensor, Normed]]:
+    """What an embedding makes of x, and what its first block's norm makes of that, the two norms in
+    one kernel; None where a gradient is wanted or a module is not as it is here."""
+    if (torch.is_grad_enabled() or not is_plain(embed, {Stem, Downsample})
+            or not is_plain(block, {Block}) or not is_plain(block.mixer)):
+        return None
+    first, second = embed.norm, block.mixer.norm
+    if not (is_plain(first, {LayerNorm}) and is_plain(second, {LayerNorm})):
+        return None
+    x = embed.before_norm(x)
+    x, normed = layer_norm_pair(x, first.weight, first.bias, first.eps, second.weight, second.bias,
+                                second.eps, None, linear_dtype(x), first.real, first.offset,
+                                'triton')
+    return x, Normed(normed)
 
 
 def init_weights(module: nn.Module) -> None:

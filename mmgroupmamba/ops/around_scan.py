@@ -158,7 +158,7 @@ def layer_norm(x: Tensor,
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
     _check_norm('layer_norm', x, weight, bias)
-    _check_real('layer_norm', x.shape[3], real)
+    check_real('layer_norm', x.shape[3], real)
     if offset is not None:
         check_tensors('layer_norm', x.device, offset=(offset, (x.shape[3], )))
     norm_dtype = norm_dtype or norm_dtype_of(x)
@@ -202,7 +202,7 @@ def add_layer_norm(x: Tensor,
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
     _check_norm('add_layer_norm', x, weight, bias, residual=residual)
-    _check_real('add_layer_norm', x.shape[3], real)
+    check_real('add_layer_norm', x.shape[3], real)
     norm_dtype = norm_dtype or norm_dtype_of(x, residual)
     module = _module('add_layer_norm', backend, x.device.type)
     if module is not None:
@@ -292,7 +292,7 @@ def modulate_layer_norm(y: Tensor,
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
     _check_norm('modulate_layer_norm', y, weight, bias, x=x)
-    _check_real('modulate_layer_norm', y.shape[3], real)
+    check_real('modulate_layer_norm', y.shape[3], real)
     check_tensors('modulate_layer_norm', y.device, factor=(factor, (len(y), 1, 1, y.shape[3])))
     norm_dtype = norm_dtype or norm_dtype_of(y, x, factor)
     module = _module('modulate_layer_norm', backend, y.device.type)
@@ -370,7 +370,7 @@ def gated_layer_norm(y: Tensor,
     check_tensors('gated_layer_norm', y.device, y=(y, y.shape),
                   gate=(gate, (*y.shape[:3], grouped.numel())), weight=(weight, grouped),
                   bias=(bias, grouped))
-    _check_real('gated_layer_norm', grouped.numel(), real, grouped[0])
+    check_real('gated_layer_norm', grouped.numel(), real, grouped[0])
     module = _module('gated_layer_norm', backend, y.device.type)
     if module is not None:
         return module.gated_layer_norm(y, gate, weight, bias, eps, real)
@@ -444,7 +444,7 @@ def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,
         raise ValueError(f'{operator}: the map must be real floating, got {x.dtype}')
 
 
-def _check_real(operator: str, channels: int, real: Optional[int], groups: int = GROUPS) -> None:
+def check_real(operator: str, channels: int, real: Optional[int], groups: int = GROUPS) -> None:
     if real is not None and (channels % groups or not 0 < real <= channels // groups):
         raise ValueError(f'{operator}: real must be 1 to {channels // groups}, of {groups} groups '
                          f'of channels, got {real} of {channels}')

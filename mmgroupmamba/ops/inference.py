@@ -1,9 +1,8 @@
 """Steps of a layer that inference takes in one kernel, because no backward needs what lies between.
 
 Each has its definition here, in operations that have theirs elsewhere, and the backends of
-``around_scan``: 'torch' is the definition, 'triton' a kernel in ``inference_triton``. None of them
-takes a gradient. Precision is the arguments': they are called with autocast off, or on where it
-would change nothing.
+``around_scan``: 'torch' is the definition, 'triton' a kernel in ``inference_triton``, which refuses
+to take a gradient. Precision is the arguments', whatever autocast says.
 """
 from typing import NamedTuple, Optional
 
@@ -16,6 +15,7 @@ from .around_scan import (
     GROUPS,
     add_layer_norm,
     check_backend_of,
+    check_real,
     check_tensors,
     gated_layer_norm,
     layer_norm,
@@ -119,8 +119,9 @@ def linear_sum(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_w
         norm_weight, norm_bias, eps: Of the norm, (C,).
         norm_dtype: Of the norm's result.
         next_weight: Of the linear map of the norm, without bias, (E, C) in x's dtype.
-        backend: 'torch' or 'triton', which takes half precision, at most 128 channels, a multiple
-            of 8, D a multiple of 64 and E of C. The linear map's result is not rounded there.
+        backend: 'torch' or 'triton', which takes half precision, E a multiple of C, and C and D for
+            which :func:`joins_linear_sum`: at most 128, a multiple of 8, and a multiple of 64. The
+            linear map's result is not rounded there.
 
     Returns:
         The stream in its dtype, its norm, and the last map in x's dtype, (batch, H, W, E), or None.
@@ -188,12 +189,14 @@ def layer_norm_pair(x: Tensor, weight: Tensor, bias: Tensor, eps: float, next_we
     check_tensors('layer_norm_pair', x.device,
                   **{name: (t, x.shape[-1:]) for name, t in vectors.items()})
     if check_backend_of('layer_norm_pair', backend, x.device.type):
-        dtypes = norm_dtype or norm_dtype_of(x), next_dtype or norm_dtype_of(x)
-        if x.dim() != 4 or 0 in x.shape or torch.float64 in (x.dtype, *dtypes):
+        norm_dtype = norm_dtype or norm_dtype_of(x)
+        next_dtype = next_dtype or norm_dtype_of(x.new_empty(0, dtype=norm_dtype))
+        if x.dim() != 4 or 0 in x.shape or torch.float64 in (x.dtype, norm_dtype, next_dtype):
             raise ValueError('layer_norm_pair: x must be (batch, H, W, C), not empty and not '
                              f'float64, got {tuple(x.shape)} of {x.dtype}')
+        check_real('layer_norm_pair', x.shape[3], real)
         return inference_triton.NORM_PAIR(x, offset, weight, bias, next_weight, next_bias, eps,
-                                          next_eps, *dtypes, real)
+                                          next_eps, norm_dtype, next_dtype, real)
     first = layer_norm(x, weight, bias, eps, norm_dtype, real, offset=offset)
     return first, layer_norm(first, next_weight, next_bias, next_eps, next_dtype, real)
 

@@ -167,8 +167,8 @@ def squares_kernel(image, packed, squares, height, width, x_batch, x_channel, x_
     line = square // across
     row = line % down * 2 + k // 2 % 2
     column = square % across * 2 + k % 2
-    at = (line // down).to(tl.int64) * x_batch + k // 4 * x_channel
-    at += row.to(tl.int64) * x_row + column * x_column
+    at = (line // down).to(tl.int64) * x_batch + (k // 4).to(tl.int64) * x_channel
+    at += row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
     inside = (square < squares) & (k < 12) & (row < height) & (column < width)
     value = tl.load(image + at, inside, other=0.)
     tl.store(packed + square.to(tl.int64) * 16 + k, value.to(packed.dtype.element_ty),

@@ -80,12 +80,19 @@ class InferenceOperator:
     """
 
     def __init__(self, name: str, forward: Callable, fake: Callable) -> None:
-        self.forward = forward
+        self.name, self.forward = name, forward
         torch.library.custom_op(f'{_NAMESPACE}::{name}', forward, mutates_args=())
         torch.library.register_fake(f'{_NAMESPACE}::{name}', fake)
         self.op = getattr(getattr(torch.ops, _NAMESPACE), name).default
 
     def __call__(self, *inputs: Any) -> Any:
+        """
+        Raises:
+            RuntimeError: A gradient is wanted.
+        """
+        if torch.is_grad_enabled() and any(
+                isinstance(t, Tensor) and t.requires_grad for t in inputs):
+            raise RuntimeError(f"{self.name} has no gradient: use backend='torch' or no_grad()")
         return self.op(*inputs) if traced() else self.forward(*inputs)
 
 

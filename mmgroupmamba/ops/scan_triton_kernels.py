@@ -264,15 +264,14 @@ def summary_kernel(
             else:
                 source = row
             dt, raw = _step_size(source, weights, shift, inside, RANK, SOFTPLUS)
-            if REVERSE:
-                value = tl.where(inside, value, 0.)
             next_a = ()
             next_h = ()
             for n in tl.static_range(N):
                 factor = tl.exp2(dt * rates[n])
                 drive = value * _value(row, RANK + (N if REVERSE else 0) + n)
                 next_a += (factor * a[n], )
-                if REVERSE:
+                if REVERSE:  # past the end the walk begins, with what another cell holds
+                    drive = tl.where(inside, drive, 0.)
                     next_h += (factor * (h[n] + drive), )
                 else:
                     next_h += (factor * h[n] + dt * drive, )

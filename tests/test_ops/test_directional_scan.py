@@ -147,3 +147,20 @@ def test_wrong_dtype_is_named():
     inputs['D'] = inputs['D'].detach().long()
     with pytest.raises(ValueError, match='D must be real floating'):
         directional_scan(**inputs)
+
+
+@pytest.mark.parametrize('backend', FAST)
+def test_what_is_not_finite_spoils_no_other_direction(backend):
+    """An infinite C in the last cell, whose output has no gradient: it reaches the gradients of the
+    tokens that its step's state comes from, in no group more than in the reference."""
+    counts = []
+    for name in ('reference', backend):
+        inputs = make_inputs(height=7, width=9, dim=8, rank=1)
+        with torch.no_grad():
+            inputs['x_dbl'][:, 6, 8, :, 2] = float('inf')
+        y = directional_scan(**inputs, backend=name)
+        weight = torch.ones_like(y)
+        weight[:, 6, 8] = 0
+        grad, = torch.autograd.grad(y, inputs['x'], weight)
+        counts.append([(~grad[..., g, :].isfinite()).sum().item() for g in range(4)])
+    assert counts[1] == counts[0]

@@ -15,11 +15,12 @@ from test_scan_triton import (
     compiles,
     passed_in_the_interpreter,
     runs,
+    small_tiles,
 )
 from test_selective_scan import DEVICE, relative
 
 from mmgroupmamba.models import GroupMamba, fuse, layers
-from mmgroupmamba.models.joined import FirstConv, NormPair
+from mmgroupmamba.models.joined import FirstConv
 from mmgroupmamba.ops import (
     MixerEnd,
     block_diagonal,
@@ -33,6 +34,11 @@ from mmgroupmamba.ops import (
     linear_sum,
     mixer_end,
 )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    small_tiles(monkeypatch)
 
 
 @by_a_subprocess
@@ -143,6 +149,17 @@ def test_layer_norm_pair(shape, real, offset):
         for got, want, of in zip(gots, wants, (torch.float32, dtype)):
             assert got.dtype == of
             torch.testing.assert_close(got, want.to(of))
+
+
+@runs
+def test_dtypes_of_layer_norm_pair():
+    x, w = randn(1, 2, 2, 16), randn(16)
+    for dtype in (None, torch.float16):
+        one, other = (layer_norm_pair(x, w, w, 1e-5, w, w, 1e-5, dtype, backend=b)
+                      for b in ('torch', 'triton'))
+        assert [t.dtype for t in one] == [t.dtype for t in other]
+    with pytest.raises(ValueError, match='real'):
+        layer_norm_pair(x, w, w, 1e-5, w, w, 1e-5, real=99, backend='triton')
 
 
 @runs
@@ -276,18 +293,27 @@ def test_the_others_compile_without_spills(monkeypatch, arch):
         assert spilled == 0, kernel.__name__
 
 
-ARCH = dict(stem_hidden_dim=16, embed_dims=(32, 48, 84, 144), depths=(2, 1, 1, 1),
+# groups of 8, 12, 31 (made up to 32 by `fuse`) and 36 channels
+ARCH = dict(stem_hidden_dim=16, embed_dims=(32, 48, 124, 144), depths=(2, 1, 1, 1),
             mlp_ratios=(2, 4, 2, 2))
 
 
-def folded(monkeypatch, dtype=None, **options):
-    """A model with its copy folded as on CUDA, and images in both layouts."""
+def folded(monkeypatch, dtype=None, before=lambda model: None, **options):
+    """A model of which every weight counts, with its copy folded as on CUDA, and images in both
+    layouts."""
     torch.manual_seed(0)
     model = GroupMamba(ARCH, fused_ops='all', **options).to(DEVICE).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(('norm.weight', 'norm.bias', '.skip_scale', 'BatchNorm2d')):
-                p.add_(torch.randn_like(p) / 4)
+        for name, tensor in model.state_dict().items():
+            if name.endswith('running_var'):
+                tensor.uniform_(0.5, 2)
+            elif name.endswith(('weight', 'skip_scale')) and tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor) / 4)
+            elif tensor.dim() > 1 and name.endswith('weight'):
+                tensor.normal_(std=tensor[0].numel()**-.5)
+            elif name.endswith(('bias', 'running_mean')) and 'dt_bias' not in name:
+                tensor.normal_(std=0.5)
+    before(model)
     copy = deepcopy(model)
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(torch.Tensor, 'is_cuda', property(lambda self: True))
@@ -296,17 +322,28 @@ def folded(monkeypatch, dtype=None, **options):
     return model, copy, [image, image.contiguous(memory_format=torch.channels_last)]
 
 
+class Louder(torch.nn.Module):
+    """Twice what a module gives."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return 2 * self.module(*inputs)
+
+
 @runs
 def test_folded_model_joins_steps(monkeypatch):
     model, copy, images = folded(monkeypatch, torch.float16)
-    blocks = [stage.blocks[0] for stage in copy.stages]
-    assert [b.joins_end for b in blocks] == [True, True, True, False]
-    assert all(isinstance(b.door, NormPair) for b in blocks)
-    assert copy.stages[0].blocks[1].door is None
+    assert [s.blocks[0].joins_end for s in copy.stages] == [True, True, False, False]
+    assert copy.stages[2].blocks[0].norm.real == 31
     assert isinstance(copy.stages[0].embed.convs[0], FirstConv)
     exact = GroupMamba(ARCH, scan_backend='reference').to(DEVICE).double().eval()
     exact.load_state_dict(model.state_dict())
-    ends, sums = [], []
+    ends, sums, pairs = [], [], []
+    monkeypatch.setattr(layers, 'layer_norm_pair',
+                        lambda *args: pairs.append(1) or layer_norm_pair(*args))
     monkeypatch.setattr(layers, 'mixer_end', lambda *args: ends.append(1) or mixer_end(*args))
     monkeypatch.setattr(layers, 'linear_sum',
                         lambda *args: sums.append(args[-2] is not None) or linear_sum(*args))
@@ -314,12 +351,12 @@ def test_folded_model_joins_steps(monkeypatch):
         wants = exact(images[0].double())
         with torch.autocast(DEVICE, torch.float16):
             plain = model(images[0])
-            assert not ends and not sums
+            assert not ends and not sums and not pairs
             for image in images:
                 for got, of_plain, want in zip(copy(image), plain, wants):
                     assert got.dtype == of_plain.dtype and got.shape == want.shape
                     assert relative(got, want) < 1.2 * relative(of_plain, want)
-    assert len(ends) == 2 * 4
+    assert len(ends) == 2 * 3 and len(pairs) == 2 * 4
     assert sums == [True, False, False] * 2  # into the second block, out of two stages
 
 
@@ -328,25 +365,114 @@ def test_folded_in_float32_joins_norms_alone(monkeypatch):
     model, copy, images = folded(monkeypatch, out_indices=(1, ))
     assert not any(m.joins_end for m in copy.modules() if isinstance(m, layers.Block))
     assert not any(isinstance(m, FirstConv) for m in copy.modules())
-    assert isinstance(copy.stages[0].blocks[0].door, NormPair)
+    assert all(stage.joins_norms for stage in copy.stages)
     with torch.no_grad():
         for got, want in zip(copy(images[0]), model(images[0])):
             assert relative(got, want) < 1e-5
 
 
 @runs
-@pytest.mark.parametrize('name', ['stages.0.blocks.0.mixer.proj', 'stages.0.blocks.1.mixer.ssm',
-                                  'stages.0.blocks.0.ffn.fc2', 'stages.0.blocks.0.ffn',
-                                  'stages.0.blocks.1.mixer.ssm.joint_proj'])
-def test_hooks_have_their_say(monkeypatch, name):
+def test_hooks_have_their_say(monkeypatch):
+    """Where the modules are called as without folding, and wherever several steps are one."""
     _, copy, (image, _) = folded(monkeypatch, torch.float16, out_indices=(0, ))
     seen = []
     with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
         want, = copy(image)
-        handle = copy.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
-        got, = copy(image)
-        handle.remove()
-    assert seen and relative(got, want) < 5e-3
+        for name in ('embed', 'blocks.1', 'blocks.0.drop_path', 'blocks.1.mixer.ssm.joint_proj',
+                     'blocks.0.mixer.proj', 'blocks.0.ffn.fc2'):
+            handle = copy.stages[0].get_submodule(name).register_forward_hook(
+                lambda _, inputs, y: seen.append((inputs, y)))
+            got, = copy(image)
+            handle.remove()
+            assert seen and relative(got, want) < 1e-2, name
+            for inputs, y in seen:  # what it was given and gave before
+                outputs = y if type(y) is tuple else (y, )
+                assert all(isinstance(t, torch.Tensor) for t in (*inputs, *outputs)), name
+            seen.clear()
+
+
+@runs
+def test_what_is_replaced_has_its_say(monkeypatch):
+    """After folding; and before it, what folding does not look into."""
+    model, copy, (image, _) = folded(
+        monkeypatch, torch.float16, out_indices=(0, ),
+        before=lambda model: replace(model, 'blocks.1.drop_path'))
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        plain = copy(image)[0]
+        assert relative(plain, model(image)[0]) < 5e-3
+        for name in ('embed.norm', 'blocks.0.drop_path', 'blocks.0.mixer.proj', 'embed'):
+            for each in (model, copy):
+                replace(each, name)
+            got = copy(image)[0]
+            assert relative(got, model(image)[0]) < 5e-3 and relative(got, plain) > 0.02, name
+            plain = got
+
+
+def replace(model, name):
+    """A part of the first stage by a louder one."""
+    *parents, last = name.split('.')
+    parent = model.stages[0].get_submodule('.'.join(parents))
+    setattr(parent, last, Louder(getattr(parent, last)))
+
+
+@runs
+def test_replaced_by_other_kinds(monkeypatch):
+    _, copy, (image, _) = folded(monkeypatch, torch.float16, out_indices=(0, ))
+    stage = copy.stages[0]
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        plain, = copy(image)
+        stage.blocks[0].ffn.fc2.float()
+        assert relative(copy(image)[0], plain) < 1e-2
+        norm = stage.blocks[0].mixer.norm
+        stage.blocks[0].mixer.norm = deepcopy(norm)
+        stage.blocks[0].mixer.norm.weight.mul_(3)
+        tripled, = copy(image)
+        norm.weight.mul_(3)
+        stage.blocks[0].mixer.norm = norm
+        assert torch.equal(copy(image)[0], tripled) and relative(tripled, plain) > 0.02
+        for block in stage.blocks:
+            block.mixer.ssm = torch.nn.Identity()
+        assert relative(copy(image)[0], plain) > 0.02
+
+
+@runs
+def test_parts_of_another_kind_are_left(monkeypatch):
+    def replace(model):
+        block = model.stages[0].blocks[0]
+        block.norm = Louder(block.norm)
+        block.norm.of_sum = block.norm.module.of_sum
+        model.stages[1].blocks[0].ffn = torch.nn.Identity()
+
+    _, copy, (image, _) = folded(monkeypatch, torch.float16, replace, out_indices=(1, ))
+    assert [[b.joins_end for b in s.blocks] for s in copy.stages] == [[False, True], [False]]
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        copy(image)
+
+
+@runs
+def test_folded_without_its_autocast_or_with_another(monkeypatch):
+    _, copy, (image, _) = folded(monkeypatch, torch.float16, out_indices=(0, ))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match='in the dtype of the weight'):
+            copy(image)
+        with torch.autocast(DEVICE, torch.float16):
+            want, = copy(image)
+        assert relative(copy.float()(image)[0], want) < 1e-2
+
+
+@runs
+def test_gradient_of_the_image(monkeypatch):
+    model, copy, (image, _) = folded(monkeypatch, torch.float16, out_indices=(0, ))
+    grads = []
+    stems = [each.stages[0].embed.convs for each in (model, copy)]
+    for convs, amp in ((stems[0][:3], False), (stems[1][:1], True)):
+        x = image.clone().requires_grad_()
+        with torch.autocast(DEVICE, torch.float16, enabled=amp):
+            grads += torch.autograd.grad(convs(x).float().square().sum(), x)
+    assert relative(*reversed(grads)) < 5e-3
+    w = randn(3, 3, 16, 16).half().requires_grad_()
+    with pytest.raises(RuntimeError, match="triton_conv_relu has no gradient: use backend='torch'"):
+        conv_relu(randn(1, 2, 2, 16).half(), w, randn(16).half(), 1, 'triton')
 
 
 @runs
