@@ -50,7 +50,7 @@ def passed_in_the_interpreter(file):
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', file],
         env=dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1'), capture_output=True,
-        text=True, timeout=300)
+        text=True, timeout=570)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     return int(re.search(r'(\d+) passed', result.stdout)[1])
 
