@@ -18,7 +18,7 @@ from mmgroupmamba.ops import block_diagonal, linear_dtype, with_padding, without
 from mmgroupmamba.registry import HOOKS
 
 from .groupmamba import GroupMamba
-from .joined import FirstConv, join
+from .joined import FirstConv, join, over_squares
 from .layers import (
     Block,
     DepthwiseConv,
@@ -244,10 +244,10 @@ def _join_groups(part: nn.Module) -> None:
 class _Squares(nn.Module):
     """Image (B, 3, H, W) to its squares of 2 x 2 pixels, (B, 16, ceil(H / 2) + 3, ceil(W / 2) + 3).
 
-    12 of the channels are the squares', 4 are zero, and so are two squares before and one after: a
-    convolution of 7 x 7 and stride 2 is then one of 4 x 4 and stride 1 without padding, of rows of
-    channels that suit a GPU's matrix units. Three channels do not: over them, it takes longer than
-    a stage's products.
+    Channels are as :func:`~mmgroupmamba.ops.image_squares` has them, with two squares of zeros
+    before and one after, all in one copy: a convolution of 7 x 7 and stride 2 is then one of 4 x 4
+    and stride 1 without padding, of rows of channels that suit a GPU's matrix units. Three channels
+    do not: over them, it takes longer than a stage's products.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -256,8 +256,8 @@ class _Squares(nn.Module):
         squares = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, 3, H / 2, 2, W / 2, 2)
         height, width = squares.shape[2], squares.shape[4]
         packed = x.new_zeros(batch, height + 3, width + 3, 16, dtype=linear_dtype(x))
-        inside = packed[:, 2:-1, 2:-1, :4 * channels].unflatten(-1, (2, 2, channels))
-        inside.copy_(squares.permute(0, 2, 4, 3, 5, 1))
+        inside = packed[:, 2:-1, 2:-1, :4 * channels].unflatten(-1, (channels, 2, 2))
+        inside.copy_(squares.permute(0, 2, 4, 1, 3, 5))
         return packed.permute(0, 3, 1, 2)
 
 
@@ -267,10 +267,7 @@ def _pack_pixels(part: nn.Module) -> None:
         conv = stem.convs[0]
         if not isinstance(conv, nn.Conv2d):  # done already
             continue
-        weight = F.pad(conv.weight, (1, 0, 1, 0))  # 7 x 7 at the end of 8 x 8
-        weight = weight.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 1, 2, 4)
-        weight = weight.flatten(1, 3)  # (out, 2 * 2 * 3, 4, 4)
-        weight = F.pad(weight, (0, 0, 0, 0, 0, 16 - weight.shape[1]))
+        weight = over_squares(conv.weight)
         packed = nn.Conv2d(16, len(weight), 4, device='meta')
         packed.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
         packed.bias = conv.bias
@@ -282,7 +279,7 @@ def _fold_biases(part: nn.Module) -> None:
         norm = embed.norm
         if (isinstance(norm, LayerNorm) and norm.backend == 'triton'
                 and embed.proj.bias is not None):
-            embed.norm.offset, embed.proj.bias = embed.proj.bias, None
+            norm.offset, embed.proj.bias = embed.proj.bias, None
 
 
 class _ConvReLU(nn.Module):

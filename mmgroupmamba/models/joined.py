@@ -66,14 +66,21 @@ def join(part: nn.Module, dtype: Optional[torch.dtype]) -> None:
                               and getattr(stage.embed.norm, 'backend', '') == 'triton')
 
 
+def over_squares(weight: Tensor) -> Tensor:
+    """The weight (out, 3, 7, 7) of a convolution of stride 2 and padding 3 as that of one of stride
+    1 over :func:`~mmgroupmamba.ops.image_squares`, (out, 16, 4, 4), two squares of padding before
+    and one after."""
+    weight = F.pad(weight, (1, 0, 1, 0))  # 7 x 7 at the end of 8 x 8
+    weight = weight.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (out, 3, 4, 2, 4, 2)
+    return F.pad(weight.permute(0, 1, 3, 5, 2, 4).flatten(1, 3), (0, 0, 0, 0, 0, 4))
+
+
 def _join_first_conv(stem: Stem, dtype: torch.dtype) -> None:
     conv, norm, relu, *_ = stem.convs
     if not (type(conv) is nn.Conv2d and isinstance(norm, nn.Identity) and type(relu) is nn.ReLU
             and conv.weight.shape[1:] == (3, 7, 7) and is_plain(conv, {nn.Conv2d})):
         return
-    weight = F.pad(conv.weight, (1, 0, 1, 0))  # 7 x 7 at the end of 8 x 8
-    weight = weight.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (out, 3, 4, 2, 4, 2)
-    weight = F.pad(weight.permute(2, 4, 1, 3, 5, 0).flatten(2, 4), (0, 0, 0, 4)).to(dtype)
+    weight = over_squares(conv.weight).permute(2, 3, 1, 0).to(dtype)
     if convolves_with_relu(weight):
         stem.convs[0] = FirstConv(weight.contiguous(), conv.bias.to(dtype))
         stem.convs[2] = nn.Identity()

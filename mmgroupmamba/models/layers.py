@@ -333,6 +333,7 @@ class Pending(NamedTuple):
     linear: nn.Linear
 
     def settle(self) -> Tensor:
+        """The feed-forward's result, (B, H, W, C)."""
         return self.linear(self.hidden)
 
     def sum_and_norm(self, residual: Tensor, norm: LayerNorm, behind: Optional[nn.Module] = None
@@ -535,6 +536,7 @@ class Stem(nn.Module):
         return self.norm(self.before_norm(x))
 
     def before_norm(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), C)."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.proj(self.convs(x)).permute(0, 2, 3, 1)
@@ -552,12 +554,14 @@ class Downsample(nn.Module):
         return self.norm(self.before_norm(x))
 
     def before_norm(self, x: Tensor) -> Tensor:
+        """(B, H, W, C_in) -> (B, ceil(H / 2), ceil(W / 2), C_out)."""
         return self.proj(x)
 
 
 def norm_twice(embed: nn.Module, block: nn.Module, x: Tensor) -> Optional[tuple[Tensor, Normed]]:
-    """What an embedding makes of x, and what its first block's norm makes of that, the two norms in
-    one kernel; None where a gradient is wanted or a module is not as it is here."""
+    """What an embedding makes of x, and what the first block's norm makes of that, (B, H, W, C)
+    both, the two norms in one kernel; None where a gradient is wanted or a module is not as it is
+    here."""
     if (torch.is_grad_enabled() or not is_plain(embed, {Stem, Downsample})
             or not is_plain(block, {Block}) or not is_plain(block.mixer)):
         return None

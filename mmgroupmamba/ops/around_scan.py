@@ -402,7 +402,12 @@ def _module(operator: str, backend: str, device_type: str) -> Optional[ModuleTyp
 
 
 def check_backend_of(operator: str, backend: str, device_type: str) -> bool:
-    """Whether a backend is another than the definition; raises as :func:`check_fused_ops`."""
+    """Whether an operator's backend is another than the definition.
+
+    Raises:
+        ValueError: There is no such backend; the message lists the legal ones.
+        BackendUnavailableError: It cannot run on such a device.
+    """
     return _module(operator, backend, device_type) is not None
 
 
@@ -445,6 +450,7 @@ def _check_norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor, /,
 
 
 def check_real(operator: str, channels: int, real: Optional[int], groups: int = GROUPS) -> None:
+    """Raise a ValueError unless `real` of each group's channels may count; None: all do."""
     if real is not None and (channels % groups or not 0 < real <= channels // groups):
         raise ValueError(f'{operator}: real must be 1 to {channels // groups}, of {groups} groups '
                          f'of channels, got {real} of {channels}')

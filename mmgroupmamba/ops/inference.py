@@ -254,14 +254,17 @@ def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, before: int, backend: str
         ValueError: Shapes, dtypes or devices do not fit together, or not the backend.
         BackendUnavailableError: The backend asked for cannot run on this device.
     """
-    kernel = len(weight)
-    if x.dim() != 4 or 0 in x.shape or not 0 <= before < kernel or x.dtype != weight.dtype:
-        raise ValueError('conv_relu: x must be (batch, H, W, C), not empty and in the dtype of the '
-                         f'weight, which is wider than `before`, got {tuple(x.shape)} of '
-                         f'{x.dtype}, a weight of {weight.dtype} and {before} of {kernel}')
-    out = weight.shape[-1]
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError('conv_relu: x must be (batch, H, W, C) and not empty, got '
+                         f'{tuple(x.shape)}')
+    kernel, out = len(weight), weight.shape[-1]
     check_tensors('conv_relu', x.device, weight=(weight, (kernel, kernel, x.shape[3], out)),
                   bias=(bias, (out, )))
+    if x.dtype != weight.dtype:
+        raise ValueError(f'conv_relu: x must be in the dtype of the weight, {weight.dtype}, got '
+                         f'{x.dtype}')
+    if not 0 <= before < kernel:
+        raise ValueError(f'conv_relu: before must be 0 to {kernel - 1}, got {before}')
     if check_backend_of('conv_relu', backend, x.device.type):
         if not convolves_with_relu(weight):
             raise ValueError('conv_relu: the Triton kernel takes half precision and powers of two '

@@ -15,7 +15,6 @@ from .around_scan_triton import _align, _block, _counted, _pitch, _pitched
 from .directions import DIRECTIONS
 from .kernel_launch import launch
 from .operator import InferenceOperator
-from .scan_triton import why_not as why_not  # the same Triton, the same devices
 
 _GROUPS = len(DIRECTIONS)
 _WIDEST = 128  # channels of a tile: both weights and the tile are a multiprocessor's at once

@@ -240,8 +240,15 @@ def test_errors_name_the_argument():
         image_squares(randn(1, 4, 2, 2), torch.float16)
     with pytest.raises(ValueError, match='powers of two'):
         conv_relu(x, randn(3, 3, 16, 16), randn(16), 1, 'triton')
-    with pytest.raises(ValueError, match='conv_relu: bias must be'):
-        conv_relu(x, randn(3, 3, 16, 16), randn(15), 1)
+    for options, message in (
+            (dict(bias=randn(15)), 'bias must be'),
+            (dict(before=3), 'before must be 0 to 2, got 3'),
+            (dict(weight=randn(3, 3, 8, 16)), r'weight must be \(3, 3, 16, 16\)'),
+            (dict(x=x.half()), 'x must be in the dtype of the weight'),
+            (dict(x=x[0]), 'x must be .batch, H, W, C.')):
+        with pytest.raises(ValueError, match=f'conv_relu: {message}'):
+            conv_relu(**dict(dict(x=x, weight=randn(3, 3, 16, 16), bias=randn(16), before=1),
+                             **options))
 
 
 @compiles
